@@ -1,0 +1,39 @@
+"""scspec: stochastic-computing language models under exact speculative decoding.
+
+config -> cells -> (prompts, models -> patching) -> decoding (over sc + invariant)
+       -> results -> stats -> charts -> report
+
+    config, cells        YAML -> Experiment -> Cells: ids, paths, what each needs
+    prompts              prompt files -> token ids
+    models, patching     weights -> one model instance rewired to SC
+    sc, invariant        the stochastic matmul; batch-invariant float arithmetic
+    decoding             plain and speculative decoding, exact
+    run                  run_cell: where these meet
+    results, stats       Parquet rows -> estimates with intervals
+    charts, report       estimates -> HTML
+    hardware, provenance MACs; where a result came from
+    cli                  the command line
+
+The names below are imported when first used, so that planning a grid does not load torch.
+"""
+
+from importlib import import_module
+
+_PUBLIC = {
+    "sc_matmul": "scspec.sc.matmul",
+    "SC_CONFIG_DEFAULTS": "scspec.patching",
+    "patch_model": "scspec.patching",
+    "load_model": "scspec.models",
+    "load_spec_models": "scspec.models",
+    "generate": "scspec.decoding",
+    "generate_cached": "scspec.decoding",
+    "generate_autoregressive": "scspec.decoding",
+    "run_cell": "scspec.run",
+}
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'scspec' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

@@ -1,0 +1,7 @@
+"""`python -m scspec`: the command line of `scspec.cli`."""
+
+import sys
+
+from scspec.cli import main
+
+sys.exit(main())
