@@ -1,0 +1,181 @@
+"""SC attention in scope `causal` on the CPU: numba, over the look-up kernels of `cpu`.
+
+Keys and values are encoded once, when they are written (`write`), and stay as code words. Query heads that share a KV
+head are rows of one look-up, so K and V are not copied for them.
+"""
+
+from dataclasses import dataclass
+
+import numba as nb
+import numpy as np
+import torch
+
+from scspec.invariant.cpu import softmax_into
+from scspec.sc.cpu import (
+    _JIT,
+    ROWS,
+    UNIT,
+    add_fields,
+    build_tables,
+    clip_code,
+    look_up,
+    magnitude_peak,
+    quantise,
+    row_scale,
+)
+from scspec.sc.streams import StreamSpec, count_table, ones_table
+
+
+@dataclass(frozen=True)
+class EncodedKV:
+    """The codes of one layer's keys and values; B sequences, H_kv heads, `capacity` positions.
+
+    k_words: uint64 (B, H_kv, ceil(head_dim / 8), capacity), 8 dimensions of a key in a word.
+    v_words: uint64 (B, H_kv, ceil(capacity / 8), head_dim), 8 positions of a channel in a word.
+    k_scale, v_scale: float32 (B, H_kv, capacity).  max_code: the q they were encoded with.
+    """
+
+    k_words: np.ndarray
+    v_words: np.ndarray
+    k_scale: np.ndarray
+    v_scale: np.ndarray
+    max_code: int
+
+    @classmethod
+    def empty(cls, batch: int, kv_heads: int, head_dim: int, capacity: int, max_code: int) -> "EncodedKV":
+        """Return a store with room for `capacity` positions."""
+        return cls(
+            np.zeros((batch, kv_heads, -(-head_dim // 8), capacity), np.uint64),
+            np.zeros((batch, kv_heads, -(-capacity // 8), head_dim), np.uint64),
+            np.zeros((batch, kv_heads, capacity), np.float32),
+            np.zeros((batch, kv_heads, capacity), np.float32),
+            max_code,
+        )
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    store: EncodedKV,
+    start: int,
+    scaling: float,
+    spec: StreamSpec,
+) -> torch.Tensor:
+    """Return causal SC attention of the new rows, float32 (B, T, H, head_dim), and write their K and V.
+
+    query: float32 (B, H, T, head_dim); key, value: (B, H_kv, T, head_dim); their rows stand at positions
+    start..start+T-1, and the store holds all earlier ones.
+    """
+    if store.max_code != spec.max_code:
+        raise ValueError(f"sc_prec={spec.sc_prec}: the KV cache was encoded with largest code {store.max_code}")
+    arrays = store.k_words, store.v_words, store.k_scale, store.v_scale
+    _write(key.contiguous().numpy(), value.contiguous().numpy(), start, *arrays, np.float32(spec.max_code))
+    factor = np.float32(spec.max_code**2 / spec.stoc_len)
+    tables = ones_table(spec), count_table(spec)
+    return torch.from_numpy(_attend(query.contiguous().numpy(), start, *arrays, *tables, factor, np.float32(scaling)))
+
+
+@nb.njit(**_JIT)
+def _code_byte(x, scale, max_code):
+    code = clip_code(x / scale, max_code)
+    magnitude = np.uint64(abs(code))
+    return magnitude | np.uint64(128) if code < 0 else magnitude
+
+
+@nb.njit(**_JIT)
+def _write(key, value, start, k_words, v_words, k_scale, v_scale, max_code):
+    """Encode new keys and values (per position, per KV head) into the store's words."""
+    batch, heads, count, head_dim = key.shape
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(count):
+                j = start + t
+                scale = k_scale[b, h, j] = row_scale(key[b, h, t], max_code)
+                for block in range(k_words.shape[2]):
+                    word = np.uint64(0)
+                    for i in range(min(8, head_dim - block * 8)):
+                        word |= _code_byte(key[b, h, t, block * 8 + i], scale, max_code) << np.uint64(8 * i)
+                    k_words[b, h, block, j] = word
+                scale = v_scale[b, h, j] = row_scale(value[b, h, t], max_code)
+                shift = np.uint64(8 * (j % 8))
+                for c in range(head_dim):
+                    kept = v_words[b, h, j // 8, c] & ~(np.uint64(255) << shift)
+                    v_words[b, h, j // 8, c] = kept | (_code_byte(value[b, h, t, c], scale, max_code) << shift)
+
+
+@nb.njit(parallel=True, **_JIT)
+def _attend(query, start, k_words, v_words, k_scale, v_scale, ones_of, counts_of, factor, scaling):
+    """Return attention (B, T, H, head_dim); one task per (sequence, KV head, group of ROWS query rows)."""
+    batch, heads, count, head_dim = query.shape
+    kv_heads = k_words.shape[1]
+    shared = heads // kv_heads
+    groups = -(-shared * count // ROWS)
+    out = np.empty((batch, count, heads, head_dim), np.float32)
+    for item in nb.prange(batch * kv_heads * groups):
+        b, h, group = item // (kv_heads * groups), item // groups % kv_heads, item % groups
+        first, last = group * ROWS, min((group + 1) * ROWS, shared * count)
+        keys = start + (last - 1) // shared + 1  # row = t * shared + head: the last row sees the most keys
+        scores = np.zeros((ROWS, keys), np.float32)
+        rows = query[b, h * shared : (h + 1) * shared]
+        _score(rows, first, last, k_words[b, h], k_scale[b, h], ones_of, counts_of, factor, scaling, scores)
+        ones = np.zeros((-(-keys // 8) * 8, ROWS), np.int16)
+        scale = np.zeros(ROWS, np.float32)
+        for row in range(first, last):
+            visible = start + row // shared + 1
+            r = row - first
+            scale[r] = _encode_probabilities(scores[r, :visible], v_scale[b, h], ones_of, ones[:, r])
+        sums = _block_sums(ones, v_words[b, h], head_dim, counts_of)
+        for row in range(first, last):
+            r = row - first
+            for c in range(head_dim):
+                value = (scale[r] * np.float32(sums[r, c])) * factor
+                out[b, row // shared, h * shared + row % shared, c] = value
+    return out
+
+
+@nb.njit(**_JIT)
+def _score(rows, first, last, words, k_scale, ones_of, counts_of, factor, scaling, scores):
+    """Write scaled query-key products of rows first..last-1 of rows (shared, T, head_dim) into scores (ROWS, keys)."""
+    shared, _, head_dim = rows.shape
+    keys = scores.shape[1]
+    ones = np.zeros((words.shape[0] * 8, ROWS), np.int16)
+    q_scale = np.zeros(ROWS, np.float32)
+    max_code = np.float32(ones_of.shape[1] - 1)
+    for row in range(first, last):
+        x = rows[row % shared, row // shared]
+        q_scale[row - first] = row_scale(x, max_code)
+        quantise(x, q_scale[row - first], max_code, ones_of, ones[:head_dim, row - first])
+    sums = _block_sums(ones, words, keys, counts_of)
+    for r in range(last - first):
+        for j in range(keys):
+            scores[r, j] = ((q_scale[r] * k_scale[j]) * np.float32(sums[r, j])) * factor * scaling
+
+
+@nb.njit(**_JIT)
+def _encode_probabilities(scores, v_scale, ones_of, ones):
+    """Turn scores (visible,) into probabilities folded with V's scales, write their ones; return the row's scale."""
+    softmax_into(scores, scores)
+    for j in range(scores.shape[0]):
+        scores[j] *= v_scale[j]
+    max_code = np.float32(ones_of.shape[1] - 1)
+    scale = magnitude_peak(scores) / max_code
+    if scale > 0:
+        quantise(scores, scale, max_code, ones_of, ones)
+    return scale
+
+
+@nb.njit(**_JIT)
+def _block_sums(ones, words, columns, counts_of):
+    """Return the count sums int32 (ROWS, columns) of ones int16 (8 * blocks, ROWS) with words (blocks, columns ...)."""
+    sums = np.zeros((ROWS, columns), np.int32)
+    packed = np.zeros(columns, np.int64)
+    tables = np.empty((8, 256), np.int64)
+    blocks = ones.shape[0] // 8
+    for block in range(blocks):
+        if build_tables(ones[block * 8 : block * 8 + 8], block * 8, counts_of, tables):
+            look_up(tables, words[block, :columns], packed)
+        if block % (UNIT // 8) == UNIT // 8 - 1 or block == blocks - 1:
+            add_fields(packed, sums)
+            packed[:] = 0
+    return sums
