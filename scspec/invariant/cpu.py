@@ -1,0 +1,171 @@
+"""Batch-invariant kernels for the CPU, numba without fastmath: no reassociation, no fused multiply-adds.
+
+Loops vectorise only across independent outputs, where every lane runs the same IEEE operations as a scalar would.
+"""
+
+import math
+
+import numba as nb
+import numpy as np
+
+_JIT = {"cache": True, "nogil": True}
+#: Columns of a packed float weight that one task owns: their sums for 8 rows stay in the L1 cache (8 KB).
+BLOCK = 256
+_ROW_BLOCK = 8
+
+# exp(r) on |r| <= ln(2)/2 as a Taylor polynomial of degree 7: truncation below 4e-9 relative, under float32's half ulp.
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(0.693359375)  # ln 2 = high + low; n * high is exact for |n| < 2**13 (Cody & Waite 1980)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_C2, _C3, _C4 = np.float32(1 / 2), np.float32(1 / 6), np.float32(1 / 24)
+_C5, _C6, _C7 = np.float32(1 / 120), np.float32(1 / 720), np.float32(1 / 5040)
+_EXP_LOWEST, _EXP_HIGHEST = np.float32(-87.0), np.float32(88.0)
+
+
+@nb.njit(**_JIT)
+def exp_into(x, out):
+    """Write exp(x) of float32 (n,) into out, which may be x; x below -87 gives 0, above 88 exp(88)."""
+    bits = np.empty(x.shape[0], np.int32)
+    for i in range(x.shape[0]):
+        in_range = x[i] >= _EXP_LOWEST
+        v = min(max(x[i], _EXP_LOWEST), _EXP_HIGHEST)
+        n = np.rint(v * _LOG2_E)
+        r = (v - n * _LN2_HIGH) - n * _LN2_LOW
+        tail = _C4 + r * (_C5 + r * (_C6 + r * _C7))
+        out[i] = np.float32(1.0) + (r + (r * r) * (_C2 + r * (_C3 + r * tail)))
+        bits[i] = (np.int32(n) + np.int32(127)) << 23 if in_range else np.int32(0)
+    powers = bits.view(np.float32)
+    for i in range(x.shape[0]):
+        out[i] *= powers[i]
+
+
+@nb.njit(**_JIT)
+def softmax_into(scores, out):
+    """Write softmax(scores) of float32 (n,) into out: maximum, exp, sum in ascending order, division."""
+    peak = scores[0]
+    for i in range(scores.shape[0]):
+        peak = max(peak, scores[i])
+    for i in range(scores.shape[0]):
+        out[i] = scores[i] - peak
+    exp_into(out, out)
+    total = np.float32(0.0)
+    for i in range(out.shape[0]):
+        total += out[i]
+    for i in range(out.shape[0]):
+        out[i] = out[i] / total
+
+
+@nb.njit(**_JIT)
+def softmax_rows(scores, visible):
+    """Return softmax of each row of scores float32 (N, T) over its first visible[n] keys, zero beyond."""
+    out = np.zeros_like(scores)
+    for n in range(scores.shape[0]):
+        softmax_into(scores[n, : visible[n]], out[n, : visible[n]])
+    return out
+
+
+@nb.njit(**_JIT)
+def silu(x):
+    """Return x / (1 + exp(-x)) of float32 (n,)."""
+    out = np.empty_like(x)
+    for i in range(x.shape[0]):
+        out[i] = -x[i]
+    exp_into(out, out)
+    for i in range(x.shape[0]):
+        out[i] = x[i] / (np.float32(1.0) + out[i])
+    return out
+
+
+@nb.njit(**_JIT)
+def rms_norm(x, weight, eps):
+    """Return RMSNorm of x float32 (N, D) (Zhang & Sennrich 2019): the squares' sum in float64, ascending."""
+    out = np.empty_like(x)
+    for n in range(x.shape[0]):
+        total = 0.0
+        for d in range(x.shape[1]):
+            total += np.float64(x[n, d]) * np.float64(x[n, d])
+        mean = np.float32(total / x.shape[1])
+        factor = np.float32(1.0) / np.sqrt(mean + eps)
+        for d in range(x.shape[1]):
+            out[n, d] = weight[d] * (x[n, d] * factor)
+    return out
+
+
+@nb.njit(parallel=True, **_JIT)
+def pack_linear(weight):
+    """Return weight float32 (M, D) as blocks (ceil(M / BLOCK), D, BLOCK), zero-padded: one task streams one block."""
+    columns, depth = weight.shape
+    blocks = -(-columns // BLOCK)
+    out = np.zeros((blocks, depth, BLOCK), np.float32)
+    for block in nb.prange(blocks):
+        for m in range(min(BLOCK, columns - block * BLOCK)):
+            for d in range(depth):
+                out[block, d, m] = weight[block * BLOCK + m, d]
+    return out
+
+
+@nb.njit(parallel=True, **_JIT)
+def linear(x, packed, columns):
+    """Return x @ weight.T of x float32 (N, D): each output is summed over d in ascending order."""
+    rows = x.shape[0]
+    out = np.empty((rows, columns), np.float32)
+    for block in nb.prange(packed.shape[0]):
+        width = min(BLOCK, columns - block * BLOCK)
+        total = np.empty((_ROW_BLOCK, BLOCK), np.float32)
+        for first in range(0, rows, _ROW_BLOCK):
+            count = min(_ROW_BLOCK, rows - first)
+            total[:] = 0.0
+            for d in range(x.shape[1]):
+                for r in range(count):
+                    v = x[first + r, d]
+                    for m in range(BLOCK):
+                        total[r, m] += v * packed[block, d, m]
+            for r in range(count):
+                for m in range(width):
+                    out[first + r, block * BLOCK + m] = total[r, m]
+    return out
+
+
+@nb.njit(**_JIT)
+def rotary_table(inv_freq, scaling, first, last):
+    """Return (cos, sin) float32 (last - first, 2 * len(inv_freq)) for positions first..last-1.
+
+    The angle is a float32 product, as in Hugging Face; its cosine comes from the C library in float64, one at a time.
+    """
+    half = inv_freq.shape[0]
+    cos = np.empty((last - first, 2 * half), np.float32)
+    sin = np.empty((last - first, 2 * half), np.float32)
+    for row in range(last - first):
+        for i in range(half):
+            angle = np.float64(np.float32(first + row) * inv_freq[i])
+            cos[row, i] = cos[row, half + i] = np.float32(math.cos(angle)) * scaling
+            sin[row, i] = sin[row, half + i] = np.float32(math.sin(angle)) * scaling
+    return cos, sin
+
+
+@nb.njit(parallel=True, **_JIT)
+def attention(query, keys, values, start, scaling):
+    """Return causal attention float32 (B, T, H, head_dim): every sum in ascending order of dimension or position.
+
+    query: float32 (B, H, T, head_dim) at positions start..start+T-1; keys: float32 (B, H_kv, head_dim, capacity);
+    values: float32 (B, H_kv, capacity, head_dim), both already written there.
+    """
+    batch, heads, count, head_dim = query.shape
+    shared = heads // keys.shape[1]
+    out = np.zeros((batch, count, heads, head_dim), np.float32)
+    for item in nb.prange(batch * heads):
+        b, h = item // heads, item % heads
+        k, v = keys[b, h // shared], values[b, h // shared]
+        for t in range(count):
+            scores = np.zeros(start + t + 1, np.float32)
+            for d in range(head_dim):
+                x = query[b, h, t, d]
+                for j in range(scores.shape[0]):
+                    scores[j] += x * k[d, j]
+            for j in range(scores.shape[0]):
+                scores[j] *= scaling
+            softmax_into(scores, scores)
+            for j in range(scores.shape[0]):
+                for c in range(head_dim):
+                    out[b, t, h, c] += scores[j] * v[j, c]
+    return out
