@@ -1,0 +1,338 @@
+"""Prompt files are read strictly, encode to flat token ids, and hash to values that do not move."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from scspec import prompts
+from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
+
+PROMPT_DIR = Path(__file__).parents[1] / "prompts"
+CATEGORIES = (
+    "short_qa",
+    "maths",
+    "code",
+    "summarising",
+    "writing",
+    "extraction",
+    "translation",
+    "reasoning",
+)
+GOOD = b'{"id": "first", "prompt": "Hello there."}\n'
+
+
+def write(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(content)
+    return path
+
+
+# ---- the shipped files
+
+
+def test_bench48_has_six_prompts_in_each_of_eight_categories():
+    bench = load_prompts(PROMPT_DIR / "bench48.jsonl")
+    assert Counter(prompt.category for prompt in bench) == dict.fromkeys(CATEGORIES, 6)
+    expected_ids = {f"{category}-{number}" for category in CATEGORIES for number in range(1, 7)}
+    assert {prompt.prompt_id for prompt in bench} == expected_ids
+    assert len({prompt.turns[0] for prompt in bench}) == 48
+
+
+def test_bench48_turns_have_10_to_120_words_and_two_prompts_have_two_turns():
+    bench = load_prompts(PROMPT_DIR / "bench48.jsonl")
+    lengths = {(p.prompt_id, turn): len(turn.split()) for p in bench for turn in p.turns}
+    assert {key: words for key, words in lengths.items() if not 10 <= words <= 120} == {}
+    assert {p.prompt_id: len(p.turns) for p in bench if len(p.turns) > 1} == {
+        "writing-1": 2,
+        "reasoning-6": 2,
+    }
+
+
+def test_smoke_has_four_short_prompts_of_its_own():
+    smoke = load_prompts(PROMPT_DIR / "smoke.jsonl")
+    bench = load_prompts(PROMPT_DIR / "bench48.jsonl")
+    assert len(smoke) == 4
+    assert len({prompt.category for prompt in smoke} & set(CATEGORIES)) == 4
+    assert max(len(turn.split()) for prompt in smoke for turn in prompt.turns) <= 40
+    assert not {prompt.prompt_id for prompt in smoke} & {prompt.prompt_id for prompt in bench}
+
+
+# ---- rows that are accepted
+
+
+def test_every_accepted_shape_keeps_file_order(tmp_path):
+    rows = [
+        {"question_id": "b", "category": "maths", "turns": ["One?", "Two?"]},
+        {"id": "a", "prompt": "Grüße, 世界"},
+        {"question_id": 81, "category": "writing", "prompt": " spaces stay "},
+    ]
+    path = write(tmp_path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+    assert load_prompts(path) == [
+        Prompt("b", "maths", ("One?", "Two?")),
+        Prompt("a", "uncategorised", ("Grüße, 世界",)),
+        Prompt("81", "writing", (" spaces stay ",)),
+    ]
+
+
+def test_only_newlines_end_a_row(tmp_path):
+    """U+2028 may stand unescaped in JSON; Windows line ends are white space to JSON."""
+    path = write(tmp_path, '{"id": "a", "prompt": "x\u2028y"}\r\n{"id": "b", "prompt": "z"}\r\n'.encode())
+    assert [prompt.turns for prompt in load_prompts(str(path))] == [("x\u2028y",), ("z",)]
+
+
+def test_a_prompt_is_frozen_and_hashable():
+    prompt = Prompt("a", "maths", ("One?",))
+    with pytest.raises(AttributeError):
+        prompt.category = "code"
+    assert len({prompt, Prompt("a", "maths", ("One?",)), Prompt("a", "code", ("One?",))}) == 2
+
+
+# ---- rows that are refused: line 2 of the file, a name of the fault, what is allowed
+
+BAD_ROWS = {
+    "cut short": (b'{"id": "x", "prompt": "Hi"', "invalid JSON", "one JSON object per line"),
+    "nested deeply": (b"[" * 100_000, "nested too deeply", "one JSON object per line"),
+    "blank line": (b"   \n" + GOOD, "blank line", "one JSON object per line"),
+    "trailing blank line": (b"\n", "blank line", "one JSON object per line"),
+    "list": (b'["x", "Hi"]', "the row is a JSON list", "one JSON object per line"),
+    "string": (b'"Hi"', "the row is a JSON string", "one JSON object per line"),
+    "null": (b"null", "the row is a JSON null", "one JSON object per line"),
+    "unknown key": (b'{"id": "x", "promt": "Hi"}', "unknown keys ['promt']", "question_id, id, category"),
+    "reference": (b'{"id": 1, "prompt": "Hi", "reference": []}', "unknown keys ['reference']", "turns"),
+    "no id": (b'{"prompt": "Hi"}', "missing 'question_id' (or 'id')", "exactly one of them"),
+    "no text": (b'{"id": "x"}', "missing 'turns' (or 'prompt')", "exactly one of them"),
+    "two ids": (b'{"id": "x", "question_id": "x", "prompt": "Hi"}', "both 'question_id' and 'id'", "one"),
+    "two texts": (b'{"id": "x", "turns": ["Hi"], "prompt": "Hi"}', "both 'turns' and 'prompt'", "one"),
+    "key twice": (
+        b'{"id": "x", "prompt": "a", "prompt": "b"}',
+        "keys ['prompt'] given more",
+        "each key once",
+    ),
+    "no turns": (b'{"id": "x", "turns": []}', "'turns' is an empty list", "non-empty strings"),
+    "empty turn": (b'{"id": "x", "turns": ["Hi", ""]}', "'turns[1]' is empty", "a non-empty string"),
+    "blank turn": (b'{"id": "x", "turns": [" \\n "]}', "'turns[0]' is empty", "a non-empty string"),
+    "empty prompt": (b'{"id": "x", "prompt": ""}', "'prompt' is empty", "a non-empty string"),
+    "turns a string": (b'{"id": "x", "turns": "Hi"}', "'turns' is a JSON string", "a list of one or more"),
+    "turn a number": (b'{"id": "x", "turns": [3]}', "'turns[0]' is a JSON number", "a non-empty string"),
+    "prompt a list": (b'{"id": "x", "prompt": ["Hi"]}', "'prompt' is a JSON list", "a non-empty string"),
+    "id null": (b'{"id": null, "prompt": "Hi"}', "'id' is a JSON null", "a non-empty string or an integer"),
+    "id true": (
+        b'{"id": true, "prompt": "Hi"}',
+        "'id' is a JSON boolean",
+        "a non-empty string or an integer",
+    ),
+    "id 1.5": (b'{"id": 1.5, "prompt": "Hi"}', "'id' is a JSON number", "a non-empty string or an integer"),
+    "id empty": (b'{"id": "", "prompt": "Hi"}', "'id' is empty", "a non-empty string or an integer"),
+    "category 3": (b'{"id": "x", "category": 3, "prompt": "Hi"}', "'category' is a JSON number", "string"),
+    "category empty": (b'{"id": "x", "category": "", "prompt": "Hi"}', "'category' is empty", "string"),
+    "surrogate": (b'{"id": "x", "prompt": "\\ud83d"}', "half of a surrogate pair", "valid Unicode text"),
+    "id again": (b'{"id": "first", "prompt": "Hi"}', "id 'first' is already used in line 1", "each id once"),
+    "latin-1": ('{"id": "x", "prompt": "café"}'.encode("latin-1"), "wrong encoding, byte 0xe9", "UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("row", "wrong", "allowed"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
+def test_a_bad_row_is_refused_in_one_line(tmp_path, row, wrong, allowed):
+    path = write(tmp_path, GOOD + row + b'\n{"id": "last", "prompt": "Bye."}\n')
+    with pytest.raises(ValueError, match="allowed: ") as caught:
+        load_prompts(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}, line 2: ")
+    fault, _, remedy = message.removeprefix(f"{path}, line 2: ").partition("; allowed: ")
+    assert wrong in fault
+    assert allowed in remedy
+    assert "\n" not in message
+
+
+def test_an_integer_id_and_the_same_digits_as_text_are_one_id(tmp_path):
+    path = write(tmp_path, b'{"id": 7, "prompt": "a"}\n{"id": "7", "prompt": "b"}\n')
+    with pytest.raises(ValueError, match="line 2: id '7' is already used in line 1"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\n"])
+def test_an_empty_file_is_refused(tmp_path, content):
+    path = write(tmp_path, content)
+    with pytest.raises(ValueError, match="line 1: the file is empty; allowed: ") as caught:
+        load_prompts(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "wrong"), [("utf-8-sig", "byte order mark"), ("utf-16", "wrong encoding, byte 0x")]
+)
+def test_a_file_in_another_encoding_is_refused(tmp_path, encoding, wrong):
+    path = write(tmp_path, GOOD.decode().encode(encoding))
+    with pytest.raises(ValueError, match=wrong) as caught:
+        load_prompts(path)
+    assert str(caught.value).startswith(f"{path}, line 1: ")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = tmp_path / "nowhere.jsonl"
+    with pytest.raises(FileNotFoundError, match="no such prompt file") as caught:
+        load_prompts(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        file_sha256(path)
+
+
+# ---- token ids
+
+
+class CharTokenizer:
+    """One id per character, its code point. `tokenizer(text)` puts 1 in front, like a BOS token."""
+
+    chat_template: str | None = None
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1, *map(ord, text)]}
+
+
+class ChatTokenizer(CharTokenizer):
+    """Renders as a Llama-3 template does: the date first, today's ("TODAY") unless `date_string` is given."""
+
+    chat_template = "{{ ... }}"
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, str]],
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        date_string: str = "TODAY",
+    ) -> list[int] | dict[str, list[int]] | str:
+        text = f"[{date_string}]" + "".join(f"<{m['role']}>{m['content']}" for m in conversation)
+        text += "<assistant>" if add_generation_prompt else ""
+        ids = [ord(char) for char in text]
+        return ({"input_ids": ids} if return_dict else ids) if tokenize else text
+
+
+class Returns(ChatTokenizer):
+    """A chat tokenizer that returns a given value, whatever it is asked."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def apply_chat_template(self, *_: object, **__: object) -> object:
+        return self.value
+
+
+HISTORY = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+
+
+def text_of(ids: list[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+def test_encode_turn_renders_history_then_user_then_the_assistant_header():
+    ids = encode_turn(ChatTokenizer(), HISTORY, "Go on")
+    assert text_of(ids) == "[26 Jul 2024]<user>Hi<assistant>Yes?<user>Go on<assistant>"
+    assert type(ids) is list
+    assert {type(token_id) for token_id in ids} == {int}
+
+
+def test_encode_turn_without_history_and_with_another_date():
+    assert text_of(encode_turn(ChatTokenizer(), [], "Hi", date_string="1 Jan")) == "[1 Jan]<user>Hi<assistant>"
+
+
+def test_encode_turn_leaves_the_history_alone():
+    history = [dict(message) for message in HISTORY]
+    encode_turn(ChatTokenizer(), history, "Go on")
+    encode_turn(CharTokenizer(), history, "Go on")
+    assert history == HISTORY
+
+
+@pytest.mark.parametrize("template", [None, ""])
+def test_encode_turn_without_a_chat_template_joins_the_texts_by_blank_lines(template):
+    tokenizer = CharTokenizer()
+    tokenizer.chat_template = template
+    assert text_of(encode_turn(tokenizer, HISTORY, "Go on")) == "\x01Hi\n\nYes?\n\nGo on"
+    assert encode_turn(tokenizer, [], "Go") == [1, ord("G"), ord("o")]
+
+
+@pytest.mark.parametrize("value", [[[1, 2]], {"input_ids": [1, 2]}, "text", ["a", "b"]])
+def test_encode_turn_refuses_anything_but_a_flat_list(value):
+    with pytest.raises(TypeError, match="not a flat list of token ids"):
+        encode_turn(Returns(value), [], "Hi")
+
+
+def test_encode_turn_refuses_an_empty_result():
+    with pytest.raises(ValueError, match="no tokens"):
+        encode_turn(Returns([]), [], "Hi")
+
+
+def test_a_real_tokenizer_gives_a_flat_list_and_the_pinned_date():
+    """transformers changed what `apply_chat_template` returns between 4 and 5."""
+    tokenizers = pytest.importorskip("tokenizers")
+    transformers = pytest.importorskip("transformers")
+    words = ["[UNK]", "[26 Jul 2024]", "[TODAY]", "<user>", "<assistant>", "hi", "yes"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(" | ", "removed")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    tokenizer.chat_template = (
+        "[{{ date_string if date_string is defined else 'TODAY' }}]"
+        "{% for m in messages %} | <{{ m.role }}> | {{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %} | <assistant>{% endif %}"
+    )
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    assert encode_turn(tokenizer, history, "hi") == [1, 3, 5, 4, 6, 3, 5, 4]
+    tokenizer.chat_template = None
+    assert encode_turn(tokenizer, [], "hi | yes") == [5, 6]
+
+
+# ---- hashes
+
+
+def test_file_sha256_is_the_hash_of_the_bytes(tmp_path):
+    path = write(tmp_path, GOOD)
+    assert file_sha256(path) == hashlib.sha256(GOOD).hexdigest()
+    path.write_bytes(GOOD.replace(b"\n", b"\r\n"))
+    assert file_sha256(str(path)) != hashlib.sha256(GOOD).hexdigest()
+
+
+def test_token_ids_sha256_does_not_move():
+    """Result files record these values. They are recomputed from the documented bytes, and pinned once."""
+    assert token_ids_sha256([[1, 2], [3]]) == hashlib.sha256(b"[[1,2],[3]]").hexdigest()
+    assert token_ids_sha256([]) == "4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945"
+
+
+def test_token_ids_sha256_ignores_container_and_integer_type():
+    numpy = pytest.importorskip("numpy")
+    as_lists = token_ids_sha256([[1, 2], [3]])
+    assert token_ids_sha256(((1, 2), (3,))) == as_lists
+    assert token_ids_sha256(numpy.array(ids, dtype=numpy.int32) for ids in ([1, 2], [3])) == as_lists
+
+
+def test_token_ids_sha256_tells_order_and_boundaries_apart():
+    variants = (
+        [[1, 2], [3]],
+        [[1], [2, 3]],
+        [[1, 2, 3]],
+        [[3], [1, 2]],
+        [[2, 1], [3]],
+        [[12], [3]],
+        [[1, 2], [3], []],
+    )
+    assert len({token_ids_sha256(variant) for variant in variants}) == len(variants)
+
+
+# ---- imports
+
+
+def test_the_module_itself_imports_neither_torch_nor_transformers():
+    code = (
+        "import runpy, sys; runpy.run_path(sys.argv[1]);"
+        "print(sorted({'torch', 'transformers', 'tokenizers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, prompts.__file__], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "[]"
