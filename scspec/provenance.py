@@ -1,0 +1,44 @@
+"""What a result came from: commit, versions, device, hashes."""
+
+import hashlib
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+PACKAGES = ("scspec", "torch", "transformers", "numpy", "numba", "tokenizers", "safetensors", "pyarrow", "snakemake")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of every package that can change a result."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """Return (commit hash, whether the tree has changes); (None, None) where the package is not in a git checkout."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head, bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _git(root: Path, *args: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *args], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def device_name(device: str) -> str:
+    """Return the name of the processor behind a torch device string, as the system reports it."""
+    if device != "cpu":
+        raise ValueError(f"device={device!r}: allowed is 'cpu'")
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

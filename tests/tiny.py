@@ -1,0 +1,53 @@
+"""A tiny random Llama model: two layers, grouped-query attention, logits that vary with context."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def tiny_config(**changed) -> LlamaConfig:
+    values = {
+        "vocab_size": 61,
+        "hidden_size": 40,
+        "intermediate_size": 72,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    }
+    return LlamaConfig(**{**values, **changed})
+
+
+def tiny_model(seed: int = 0, **changed) -> LlamaForCausalLM:
+    """Return the float model; weights large enough that a token's logits depend on what came before."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_config(**changed)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.25)
+    return model
+
+
+CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,?!"
+
+
+def save_tiny_model(folder, seed: int = 0, **changed):
+    """Write a tiny model and a character tokenizer with a chat template to `folder`; return `folder`."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {token: index for index, token in enumerate(["<unk>", "<eos>", "<user>", "<bot>", *CHARACTERS])}
+    fast = Tokenizer(BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast, unk_token="<unk>", eos_token="<eos>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<user>", "<bot>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<bot>' }}{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<bot>{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    model = tiny_model(seed, vocab_size=len(vocab), eos_token_id=1, **changed)
+    model.save_pretrained(folder)
+    return folder
