@@ -1,0 +1,278 @@
+"""The Parquet file of a cell: one row per block (one target pass), written atomically and read strictly.
+
+Nothing is aggregated here: `stats` derives every quantity from these rows. What a block is and what its
+counters must satisfy is Seam 2 of docs/architecture.md, the columns are Seam 3.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA_VERSION = 1
+METADATA_KEY = b"scspec"
+METADATA_KEYS = frozenset(
+    [
+        *("schema_version", "cell", "versions", "commit", "dirty", "models", "prompts", "device", "backend"),
+        *("sc_mac_share", "weights_note", "started_at", "wall_time_s", "demonstration"),
+    ]
+)
+
+_SIDES = ("target", "draft")
+# Null on a floating-point side; the grid point is null where no side is in SC, its length where the target is not.
+SIDE_COLUMNS = tuple(f"{side}_{knob}" for knob in ("stoc_len", "sc_prec", "sc_seed") for side in _SIDES)
+NULLABLE = frozenset(("stoc_len", "sc_prec", "sc_seed", *SIDE_COLUMNS, "stop"))
+
+
+def _fields(names: Iterable[str], kind: pa.DataType) -> list[pa.Field]:
+    return [pa.field(name, kind, nullable=name in NULLABLE) for name in names]
+
+
+_KEY_FIELDS = [
+    *_fields(("cell_id", "pair", "arm"), pa.string()),
+    *_fields(("stoc_len", "sc_prec", "gamma", "sampling_seed", "sc_seed"), pa.int32()),
+    *_fields(("target_model", "draft_model"), pa.string()),
+    *_fields(SIDE_COLUMNS, pa.int32()),
+    *_fields(("target_settings", "draft_settings", "device", "backend"), pa.string()),
+    *_fields(("do_sample",), pa.bool_()),
+]
+KEY_COLUMNS = tuple(field.name for field in _KEY_FIELDS)  # the same in every row of a cell
+
+SCHEMA = pa.schema(
+    [
+        *_KEY_FIELDS,
+        *_fields(("prompt_id", "category"), pa.string()),
+        *_fields(("turn", "prompt_tokens", "block", "start"), pa.int32()),
+        *_fields(("proposed_ids", "emitted_ids"), pa.list_(pa.int32())),
+        *_fields(("accepted", "kept"), pa.int32()),
+        *_fields(("beta",), pa.list_(pa.float64())),
+        *_fields(("margin",), pa.list_(pa.float32())),
+        *_fields(("stop",), pa.string()),
+        *_fields(("draft_time_s", "verify_time_s"), pa.float64()),
+    ]
+)
+
+NULLABLE_INTEGERS = {field.name: "Int32" for field in SCHEMA if field.nullable and field.type == pa.int32()}
+
+
+@contextmanager
+def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
+    """A binary file that appears under `path`, complete and synced, when the block ends without an error.
+
+    Until then it lives in the same folder under a hidden, unique name; after an error nothing is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(6)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _is_a(value: Any, kind: pa.DataType) -> bool:
+    """Whether a Python or numpy value needs no conversion to be of `kind` (pyarrow itself cuts 1.5 to 1)."""
+    if pa.types.is_list(kind):
+        return isinstance(value, list | tuple | np.ndarray) and all(_is_a(v, kind.value_type) for v in value)
+    if pa.types.is_boolean(kind):
+        return isinstance(value, bool | np.bool_)
+    if pa.types.is_integer(kind):
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if pa.types.is_floating(kind):
+        return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, str)
+
+
+def _check_row(index: int, row: dict[str, Any]) -> None:
+    unknown, missing = sorted(row.keys() - set(SCHEMA.names)), sorted(set(SCHEMA.names) - row.keys())
+    if unknown or missing:
+        raise ValueError(f"row {index}: unknown columns {unknown}, missing columns {missing}")
+    for field in SCHEMA:
+        value = row[field.name]
+        if not (field.nullable if value is None else _is_a(value, field.type)):
+            allowed = f"{field.type}{' or null' if field.nullable else ''}"
+            raise ValueError(f"row {index}: {field.name} is {value!r}, allowed is {allowed}")
+
+
+def _check_one_cell(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        raise ValueError("a cell has at least one block, got no rows")
+    for name in KEY_COLUMNS:
+        values = {row[name] for row in rows}
+        if len(values) > 1:
+            raise ValueError(f"a file holds one cell, but {name} has the values {sorted(values, key=str)}")
+
+
+def write_cell(path: Path | str, rows: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
+    """Writes one cell (a dict per block, columns of SCHEMA) and its JSON metadata, zstd-compressed, atomically.
+
+    `metadata` holds METADATA_KEYS (`schema_version` is filled in) and may hold more. Raises ValueError for an
+    unknown or missing column or metadata key, a value of another type, a null where none is allowed, or rows
+    of more than one cell; then no file appears and an older one stays as it was.
+    """
+    for index, row in enumerate(rows):
+        _check_row(index, row)
+    _check_one_cell(rows)
+    metadata = {"schema_version": SCHEMA_VERSION, **metadata}
+    if metadata["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"schema_version is {metadata['schema_version']!r}, this code writes {SCHEMA_VERSION}")
+    if missing := sorted(METADATA_KEYS - metadata.keys()):
+        raise ValueError(f"missing metadata keys {missing}")
+    packed = {METADATA_KEY: json.dumps(metadata, allow_nan=False).encode()}
+    table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata(packed)
+    with atomic_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
+
+
+def _read_metadata(path: Path | str, schema: pa.Schema) -> dict[str, Any]:
+    packed = (schema.metadata or {}).get(METADATA_KEY)
+    if packed is None:
+        raise ValueError(f"{path}: Parquet, but not a cell of scspec (no '{METADATA_KEY.decode()}' metadata)")
+    metadata = json.loads(packed)
+    if metadata.get("schema_version") != SCHEMA_VERSION:
+        found = metadata.get("schema_version")
+        raise ValueError(f"{path}: schema_version is {found!r}, this code reads {SCHEMA_VERSION}")
+    if missing := sorted(METADATA_KEYS - metadata.keys()):
+        raise ValueError(f"{path}: missing metadata keys {missing}")
+    return metadata
+
+
+def _check_columns(path: Path | str, schema: pa.Schema) -> None:
+    if missing := [name for name in SCHEMA.names if name not in schema.names]:
+        raise ValueError(f"{path}: missing columns {missing}")
+    if unknown := [name for name in schema.names if name not in SCHEMA.names]:
+        raise ValueError(f"{path}: unknown columns {unknown}")
+    for field in SCHEMA:
+        if (found := schema.field(field.name)) != field:
+            raise ValueError(f"{path}: column {field.name} is {found.type}, expected {field.type}")
+
+
+def read_cell(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Returns (blocks: one row per block, list columns as numpy arrays; metadata) of one cell file.
+
+    Integer columns that may hold nulls are pandas' Int32. Raises FileNotFoundError, or a one-line
+    ValueError naming the file if it is torn, foreign, of another schema version, or lacks a column.
+    """
+    try:
+        # ParquetFile, not read_table: that one reads `key=value` folders in the path as columns.
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: not a readable Parquet file ({reason})") from error
+    metadata = _read_metadata(path, table.schema)
+    _check_columns(path, table.schema)
+    blocks = table.select(SCHEMA.names).to_pandas()
+    return blocks.astype(NULLABLE_INTEGERS), metadata
+
+
+def read_cells(paths: Iterable[Path | str]) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
+    """Returns (the blocks of all cells, cell_id -> metadata); no paths give an empty table with all columns."""
+    tables, metadata = [], {}
+    for path in paths:
+        blocks, its_metadata = read_cell(path)
+        cell_id = blocks["cell_id"].iloc[0]
+        if cell_id in metadata:
+            raise ValueError(f"{path}: cell_id {cell_id!r} was already read from another file")
+        tables.append(blocks)
+        metadata[cell_id] = its_metadata
+    if not tables:
+        return SCHEMA.empty_table().to_pandas().astype(NULLABLE_INTEGERS), {}
+    return pd.concat(tables, ignore_index=True), metadata
+
+
+def padded(lists: pd.Series, fill: float) -> np.ndarray:
+    """Returns a list column as a matrix (rows, longest list), the rest of each row `fill`."""
+    lengths = lists.map(len).to_numpy()
+    present = np.arange(lengths.max()) < lengths[:, None]
+    values = np.concatenate(lists.to_list())
+    matrix = np.full(present.shape, fill, dtype=values.dtype)
+    matrix[present] = values
+    return matrix
+
+
+def _block_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What can be wrong with a block in itself (Seam 2) -> (rows,) whether it is."""
+    gamma, accepted, kept = (blocks[name].to_numpy() for name in ("gamma", "accepted", "kept"))
+    emitted = blocks["emitted_ids"].map(len).to_numpy()
+    stop = blocks["stop"].astype(object)
+    return {
+        "proposed_ids does not hold gamma tokens": blocks["proposed_ids"].map(len).to_numpy() != gamma,
+        "accepted is outside 0..gamma": (accepted < 0) | (accepted > gamma),
+        "emitted_ids holds not 1..accepted + 1 tokens": (emitted < 1) | (emitted > accepted + 1),
+        "beta and margin do not have one value per emitted token": (
+            (blocks["beta"].map(len).to_numpy() != emitted) | (blocks["margin"].map(len).to_numpy() != emitted)
+        ),
+        "stop is not null, 'eos' or 'budget'": ~(stop.isna() | stop.isin(["eos", "budget"])).to_numpy(),
+        "fewer than accepted + 1 tokens are emitted without a stop": ((emitted <= accepted) & stop.isna().to_numpy()),
+        "kept is outside 1..len(emitted_ids)": (kept < 1) | (kept > emitted),
+        "fewer tokens are kept than emitted, but stop is not 'budget'": (
+            (kept < emitted) & (stop != "budget").to_numpy()
+        ),
+    }
+
+
+def _content_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
+    """As `_block_faults`, for the values in the lists, once their lengths are right."""
+    gamma, accepted = (blocks[name].to_numpy()[:, None] for name in ("gamma", "accepted"))
+    proposed = padded(blocks["proposed_ids"], -1)
+    emitted = padded(blocks["emitted_ids"], -1)[:, : proposed.shape[1]]
+    beta = padded(blocks["beta"], np.nan)
+    index = np.arange(beta.shape[1])
+    greedy, present = ~blocks["do_sample"].to_numpy()[:, None], ~np.isnan(beta)
+    expected = np.where(index < accepted, 1.0, 0.0)  # of a greedy block, up to its first rejected proposal
+    known = greedy & present & (index <= accepted) & (index < gamma)
+    copied = (index < accepted) & present
+    width = emitted.shape[1]
+    return {
+        "emitted_ids does not begin with the accepted proposals": (
+            (emitted != proposed[:, :width]) & copied[:, :width]
+        ).any(axis=1),
+        # 1e-5: p and q may be float32, whose sum over a vocabulary is 1 only to about 1e-6
+        "beta is outside 0..1": ((beta < -1e-5) | (beta > 1)).any(axis=1),
+        "beta is NaN": present.sum(axis=1) != blocks["beta"].map(len).to_numpy(),
+        "greedy, but beta is not 1 where accepted and 0 where rejected": (known & (beta != expected)).any(axis=1),
+    }
+
+
+def _sequence_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
+    """What can be wrong between a block and the next one of the same prompt and turn; `blocks` in order."""
+    following = blocks.shift(-1)
+    last = np.ones(len(blocks), dtype=bool)
+    last[:-1] = (blocks[_TEXT].iloc[:-1].to_numpy() != blocks[_TEXT].iloc[1:].to_numpy()).any(axis=1)
+    stopped = blocks["stop"].notna().to_numpy()
+    end = blocks["start"].to_numpy() + blocks["emitted_ids"].map(len).to_numpy()
+    return {
+        "the last block of a prompt has no stop": last & ~stopped,
+        "stop is set, but another block follows": ~last & stopped,
+        "the next block does not start where this one ends": ~last & (following["start"].to_numpy() != end),
+    }
+
+
+_TEXT = ["cell_id", "prompt_id", "turn"]
+
+
+def check_identities(blocks: pd.DataFrame) -> None:
+    """Returns nothing; raises ValueError with the first block that violates a counter identity of Seam 2."""
+    blocks = blocks.sort_values([*_TEXT, "block"], kind="stable", ignore_index=True)
+    for faults_of in (_block_faults, _content_faults, _sequence_faults):
+        for fault, wrong in faults_of(blocks).items() if len(blocks) else ():
+            if wrong.any():
+                row = blocks.loc[int(wrong.argmax()), SCHEMA.names[len(KEY_COLUMNS) :]].to_dict()
+                cell_id = blocks["cell_id"].iloc[int(wrong.argmax())]
+                raise ValueError(f"{cell_id}: {fault}, in {row}")
