@@ -1,0 +1,289 @@
+"""Summaries (`stats.summarise`) -> Altair charts, without colours for text and grid: those are in THEMES, one of
+which the page picks when it draws.
+
+Not covered: heatmaps, acceptance by position or category, the hardware model.
+"""
+
+import json
+from fractions import Fraction
+from math import ceil
+
+import altair as alt
+import pandas as pd
+
+from scspec.stats import MIN_PROMPTS, NO_INTERVAL, ONE_SIDED
+
+# Okabe & Ito 2008, without yellow and black; lightened for the dark page. Every hue has contrast >= 3 on its page.
+_PALETTES = {
+    "light": ["#0072B2", "#D55E00", "#008F68", "#B0558A", "#7A6A00", "#2F8FC4"],
+    "dark": ["#56B4E9", "#F0884A", "#2FC99B", "#E39AC6", "#E0C742", "#9CC9EE"],
+}
+_INKS = {"light": ("#1c2430", "#5b6675", "#e2e6eb"), "dark": ("#e6eaf0", "#a3adba", "#333b46")}
+
+
+def _theme(name: str) -> dict:
+    ink, muted, grid = _INKS[name]
+    text = {"labelColor": muted, "titleColor": ink, "labelFontSize": 11, "titleFontSize": 12}
+    text["titleFontWeight"] = "normal"
+    return {
+        "background": None,
+        "font": "system-ui, -apple-system, 'Segoe UI', sans-serif",
+        "axis": {**text, "gridColor": grid, "domainColor": muted, "tickColor": muted, "titlePadding": 8},
+        "legend": {
+            **text,
+            "labelColor": ink,
+            "labelLimit": 320,
+            "symbolFillColor": muted,
+            "symbolOpacity": 1,
+        },
+        "header": {**text, "labelColor": ink, "labelFontSize": 12, "labelFontWeight": "bold"},
+        "view": {"stroke": grid},
+        "rule": {"color": muted},
+        "tick": {"color": ink},
+        "text": {"color": muted},
+        "range": {"category": _PALETTES[name]},
+    }
+
+
+THEMES = {name: _theme(name) for name in _PALETTES}  # Vega-Lite configurations
+
+GRID_ARM = "sc_sc"
+ARM_LABELS = {
+    GRID_ARM: "SC target, SC draft",
+    "identity": "identity: draft = target",
+    "reseed": "reseed: independent streams",
+    "float_float": "float target, float draft",
+    "sc_float": "SC target, float draft",
+    "float_sc": "float target, SC draft",
+}
+IDENTITY_ALPHA = 1.0
+
+
+def number(value: float) -> str:
+    """Three decimals, but more where they would show 0 or 1 for a number that is neither."""
+    shown = f"{value:.3f}"
+    if pd.isna(value):
+        return "undefined"
+    if float(shown) in (0, 1) and value not in (0, 1):
+        return f"{value:.1e}" if value < 0.5 else f"1 - {1 - value:.1e}"
+    return shown
+
+
+def interval_text(estimate: float, low: float, high: float, kind: str) -> str:
+    """A 95 % interval in words: "0.310 to 0.460", "at least 0.830", "none (fewer than 8 prompts)"."""
+    if kind == NO_INTERVAL:
+        return f"none (fewer than {MIN_PROMPTS} prompts)"
+    if kind == ONE_SIDED:
+        return f"at least {low:.3f}" if estimate == high else f"at most {high:.3f}"
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _ratio_label(draft: int, target: int) -> str:
+    return "same length" if draft == target else f"{Fraction(int(draft), int(target))} as long"
+
+
+def _streams(cells: pd.DataFrame) -> list[str]:
+    """The draft's streams: by ratio to the target's, or by length if that takes fewer labels."""
+    sides = list(zip(cells["draft_stoc_len"], cells["target_stoc_len"], strict=True))
+    fixed = ["float" if pd.isna(draft) else f"{draft} cycles" for draft, _ in sides]
+    if cells[["draft_stoc_len", "target_stoc_len"]].isna().any(axis=None):
+        return fixed
+    ratios = [_ratio_label(draft, target) for draft, target in sides]
+    return fixed if len(set(fixed)) < len(set(ratios)) else ratios
+
+
+def draft_labels(cells: pd.DataFrame) -> list[str]:
+    """What sets each draft of one pair apart: its streams, its precision if not the target's, its skipped layers."""
+    labels = []
+    for streams, row in zip(_streams(cells), cells.itertuples(), strict=True):
+        parts = [streams]
+        if pd.notna(row.draft_sc_prec) and pd.notna(row.target_sc_prec) and row.draft_sc_prec != row.target_sc_prec:
+            parts.append(f"{row.draft_sc_prec} bit")
+        if skipped := json.loads(row.draft_settings).get("skip_layers"):
+            parts.append(f"{len(skipped)} layers skipped")
+        labels.append(", ".join(parts))
+    return labels
+
+
+def unscrambled(cells: pd.DataFrame) -> pd.Series:
+    """Where the target's streams are the bare Sobol sequence: stoc_len = 2**sc_prec, without halving (DESIGN 4)."""
+    halved = cells["target_settings"].map(lambda text: json.loads(text).get("sc_halve_bipolar", False))
+    whole = cells["target_stoc_len"] == 2 ** cells["target_sc_prec"]
+    return whole.fillna(False).astype(bool) & ~halved.astype(bool)
+
+
+def _records(table: pd.DataFrame) -> list[dict]:
+    return json.loads(table.to_json(orient="records", double_precision=15))
+
+
+_TOOLTIP = [
+    alt.Tooltip("target_stoc_len:Q", title="target stoc_len (cycles)"),
+    alt.Tooltip("draft_stoc_len:Q", title="draft stoc_len (cycles)"),
+    alt.Tooltip("sc_prec:Q", title="sc_prec (bits)"),
+    alt.Tooltip("gamma:Q", title="gamma"),
+    alt.Tooltip("alpha:Q", title="alpha", format=".4f"),
+    alt.Tooltip("alpha_interval:N", title="alpha, 95 % interval"),
+    alt.Tooltip("tau:Q", title="tau (tokens per target pass)", format=".3f"),
+    alt.Tooltip("tau_interval_text:N", title="tau, 95 % interval"),
+    alt.Tooltip("predicted_tau:Q", title="tau predicted from alpha", format=".3f"),
+    alt.Tooltip("prompts:Q", title="prompts"),
+    alt.Tooltip("tokens:Q", title="tokens", format=","),
+    alt.Tooltip("cell_id:N", title="cell"),
+]
+_TOOLTIP_FIELDS = [tooltip.shorthand.split(":")[0] for tooltip in _TOOLTIP]
+
+
+def _with_texts(cells: pd.DataFrame) -> pd.DataFrame:
+    def texts(name: str, kind: str) -> list[str]:
+        columns = cells[[name, f"{name}_lo", f"{name}_hi", kind]]
+        return [interval_text(*row) for row in columns.itertuples(index=False)]
+
+    return cells.assign(alpha_interval=texts("alpha", "interval"), tau_interval_text=texts("tau", "tau_interval"))
+
+
+def _one_kind(cells: pd.DataFrame, *, one_pair: bool) -> None:
+    for name in ("do_sample", *(["pair"] if one_pair else [])):
+        if cells[name].nunique() != 1:
+            raise ValueError(f"a chart is of one {name}, got {sorted(cells[name].unique())}")
+
+
+_DODGE_OCTAVES = 0.045  # between neighbouring drafts, so that their intervals stay apart; below the marker's width
+_SCRAMBLED, _UNSCRAMBLED = "scrambled", "not scrambled (stoc_len = 2^sc_prec)"
+
+
+def _curve_table(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str], list[str]]:
+    """Returns (a row per point, the drafts in the order of the legend, the panels in their order)."""
+    cells = _with_texts(cells).assign(draft=draft_labels(cells))
+    several_prec = cells["sc_prec"].nunique() > 1
+    cells = cells.sort_values(["sc_prec", "gamma", "stoc_len", "draft_stoc_len"], ascending=[True, True, True, False])
+    precision = cells["sc_prec"].map(lambda bits: f"sc_prec {bits}, " if several_prec else "")
+    cells["panel"] = precision + cells["gamma"].map("gamma = {}".format)
+    drafts = list(dict.fromkeys(cells["draft"]))
+    shift = cells["draft"].map(drafts.index) - (len(drafts) - 1) / 2
+    cells["x"] = cells["stoc_len"].astype(float) * 2.0 ** (_DODGE_OCTAVES * shift)
+    cells["streams"] = unscrambled(cells).map({True: _UNSCRAMBLED, False: _SCRAMBLED})
+    # One line never joins cells that differ in more than the length.
+    cells["curve"] = cells[["draft", "sampling_seed", "sc_seed", "device", "backend"]].astype(str).agg("|".join, axis=1)
+    cells["ceiling"] = cells["gamma"] + 1
+    return cells, drafts, list(dict.fromkeys(cells["panel"]))
+
+
+def _x_axis(stoc_lens: list[int]) -> alt.X:
+    margin = 2**0.3
+    return alt.X(
+        "x:Q",
+        title="target stoc_len (clock cycles, log scale)",
+        scale=alt.Scale(type="log", base=2, domain=[stoc_lens[0] / margin, stoc_lens[-1] * margin], nice=False),
+        axis=alt.Axis(values=stoc_lens, format="d", grid=False, labelOverlap="greedy"),
+    )
+
+
+def _curve_layers(table: pd.DataFrame, drafts: list[str], quantity: str, interval: str, y: dict) -> list[alt.Chart]:
+    """Points, and lines and bars for the cells that have intervals."""
+    color = alt.Color("draft:N", title="draft's streams", sort=drafts, scale=alt.Scale(domain=drafts))
+    shape = alt.Shape(
+        "streams:N",
+        title="target's streams",
+        scale=alt.Scale(domain=[_SCRAMBLED, _UNSCRAMBLED], range=["circle", "diamond"]),
+        legend=alt.Legend() if (table["streams"] == _UNSCRAMBLED).any() else None,
+    )
+    lengths = sorted(int(length) for length in table["stoc_len"].unique())
+    base = alt.Chart().encode(x=_x_axis(lengths), y=alt.Y(f"{quantity}:Q", **y), color=color)
+    points = base.mark_point(filled=True, size=75, opacity=1).encode(shape=shape, tooltip=_TOOLTIP)
+    if (table[interval] == NO_INTERVAL).all():
+        return [points]
+    known = base.transform_filter(alt.datum[interval] != NO_INTERVAL)
+    lines = known.mark_line(strokeWidth=1.2, opacity=0.6).encode(detail="curve:N")
+    bars = known.mark_rule(strokeWidth=2).encode(y=alt.Y(f"{quantity}_lo:Q", **y), y2=f"{quantity}_hi:Q")
+    return [lines, bars, points]
+
+
+def _curves(cells: pd.DataFrame, quantity: str, interval: str, y: dict, *references: alt.Chart) -> alt.FacetChart:
+    """`quantity` per length with its bounds, a colour per draft, a panel per gamma; `references` behind."""
+    _one_kind(cells, one_pair=True)
+    table, drafts, panels = _curve_table(cells)
+    layers = _curve_layers(table, drafts, quantity, interval, y)
+    gammas = table["gamma"].nunique()
+    columns = ceil(gammas / ceil(gammas / 4))  # at most four, and rows as equal as they can be
+    layered = alt.layer(*references, *layers).properties(width=290 if columns < 4 else 235, height=240)
+    fields = {*_TOOLTIP_FIELDS, "x", "draft", "streams", "curve", "panel", "ceiling", interval}
+    fields |= {f"{quantity}_lo", f"{quantity}_hi"}
+    data = alt.InlineData(values=_records(table[sorted(fields)]))
+    facet = alt.Facet("panel:N", sort=panels, header=alt.Header(title=None))
+    chart = layered.facet(facet, columns=columns, data=data)
+    return chart.configure_legend(orient="top", direction="horizontal", columns=3)
+
+
+def alpha_chart(cells: pd.DataFrame) -> alt.FacetChart:
+    """alpha against the target's stoc_len with 95 % intervals, from summary rows of one pair, arm sc_sc, greedy or
+    sampled. Raises ValueError if pairs or greedy and sampled cells are mixed."""
+    y = {"title": "alpha (mean overlap per emitted token)", "scale": alt.Scale(domain=[0, 1])}
+    return _curves(cells, "alpha", "interval", y).properties(description=_description("Acceptance alpha", cells))
+
+
+def tau_chart(cells: pd.DataFrame) -> alt.FacetChart:
+    """tau against the target's stoc_len, as `alpha_chart`; dashed: gamma + 1, where every proposal is accepted."""
+    y = {
+        "title": "tau (tokens per target pass)",
+        "scale": alt.Scale(domain=[1, int(cells["gamma"].max()) + 1]),
+    }
+    ceiling = alt.Chart().mark_rule(strokeDash=[5, 4], strokeWidth=1).encode(y=alt.Y("max(ceiling):Q", **y))
+    return _curves(cells, "tau", "tau_interval", y, ceiling).properties(
+        description=_description("Block efficiency tau", cells)
+    )
+
+
+def _description(quantity: str, cells: pd.DataFrame) -> str:
+    decoding = "sampled" if cells["do_sample"].iloc[0] else "greedy"
+    pair = cells["pair"].iloc[0]
+    return f"{quantity} against the target's stream length, pair {pair}, {decoding} decoding, a panel per gamma"
+
+
+_SETTINGS = {  # column -> how a control's label says it, where controls differ in it
+    "length": "{} cycles",
+    "sc_prec": "{} bit",
+    "gamma": "gamma {}",
+    "sampling_seed": "sampling_seed {}",
+    "sc_seed": "sc_seed {}",
+}
+
+
+def _controls_table(cells: pd.DataFrame) -> pd.DataFrame:
+    """With a `label` per row of the chart: the arm, and those of its settings in which the controls differ."""
+    table = _with_texts(cells).assign(length=cells["target_stoc_len"].fillna(cells["draft_stoc_len"]))
+    table["label"] = table["arm"].map(ARM_LABELS)
+    for name, text in _SETTINGS.items():
+        if table[name].nunique() > 1:
+            table["label"] += ["" if pd.isna(value) else f", {text.format(int(value))}" for value in table[name]]
+    table["expected"] = table["arm"].map({"identity": IDENTITY_ALPHA})
+    table["rank"] = table["arm"].map(list(ARM_LABELS).index)
+    return table.sort_values(["rank", *_SETTINGS])
+
+
+def controls_chart(cells: pd.DataFrame) -> alt.FacetChart:
+    """alpha of the control arms, a panel per pair, with a tick where `identity` must lie; from summary rows of the
+    arms other than sc_sc, greedy or sampled. Raises ValueError if these are mixed."""
+    _one_kind(cells, one_pair=False)
+    table = _controls_table(cells)
+    y = alt.Y(
+        "label:N",
+        title=None,
+        sort=list(dict.fromkeys(table["label"])),
+        axis=alt.Axis(labelLimit=400, grid=True),
+    )
+    x = alt.X("alpha:Q", title="alpha (mean overlap per emitted token)", scale=alt.Scale(domain=[0, 1]))
+    color = alt.Color("measured:N", legend=None)
+    base = alt.Chart().encode(y=y).transform_calculate(measured="'measured'")
+    layers = [
+        base.transform_filter("datum.expected !== null").mark_tick(thickness=3, size=22).encode(x="expected:Q"),
+        # identity is exact or broken, not an estimate: no interval
+        base.transform_filter(f"datum.interval !== '{NO_INTERVAL}' && datum.expected === null")
+        .mark_rule(strokeWidth=2)
+        .encode(x="alpha_lo:Q", x2="alpha_hi:Q", color=color),
+        base.mark_circle(size=75, opacity=1).encode(x=x, color=color, tooltip=_TOOLTIP),
+    ]
+    columns = [*_TOOLTIP_FIELDS, "pair", "label", "expected", "interval", "alpha_lo", "alpha_hi"]
+    layered = alt.layer(*layers).properties(width=330, height=alt.Step(28))
+    facet = alt.Facet("pair:N", header=alt.Header(title=None))
+    chart = layered.facet(facet, columns=2, data=alt.InlineData(values=_records(table[columns])))
+    return chart.properties(description="Acceptance alpha of the controls, a panel per pair")

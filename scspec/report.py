@@ -1,0 +1,310 @@
+"""Cells and a plan -> one offline HTML file, with the table of results as CSV and Parquet beside it.
+
+The page holds its own JavaScript (Vega, once) and forbids itself every request, so it opens from a file share.
+Text from prompts, models and files reaches it escaped: in HTML by the template, in JSON with < > & as \\u escapes.
+Not covered: a page per pair or cell, hardware estimates, quality of the target.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import jinja2
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import vl_convert
+from markupsafe import Markup
+
+from scspec.charts import (
+    ARM_LABELS,
+    GRID_ARM,
+    THEMES,
+    alpha_chart,
+    controls_chart,
+    draft_labels,
+    interval_text,
+    number,
+    tau_chart,
+)
+from scspec.results import atomic_file, check_identities, read_cells
+from scspec.stats import MIN_PROMPTS, NO_INTERVAL, summarise
+
+IDENTITY = "identity"
+HOLDS, BROKEN, NOT_RUN = "holds", "BROKEN: the run is broken", "not run"
+_TABLE_ORDER = ["rank", "sc_prec", "gamma", "stoc_len", "draft_stoc_len", "sc_seed", "sampling_seed"]
+
+
+def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_path: Path | str) -> pd.DataFrame:
+    """Writes the report of the cells that exist, with its table beside it; returns the summary, a row per cell.
+
+    `plan` has "cells" (at least "pair", "arm" and "path" each; those whose path does not exist are listed as missing)
+    and "invalid" (at least "pair" and "reason" each, the rest as columns). Raises ValueError naming the file for a
+    cell that cannot be read, or the block that violates a counter identity.
+    """
+    blocks, metadata = read_cells(path for path in map(Path, cell_paths) if path.exists())
+    check_identities(blocks)
+    summary = summarise(blocks)
+    page = _render(_page(blocks, summary, list(metadata.values()), plan, Path(out_path)))
+    write_table(summary, Path(out_path).with_suffix(""))
+    with atomic_file(out_path) as file:
+        file.write(page.encode())
+    return summary
+
+
+def write_table(summary: pd.DataFrame, out_stem: Path | str) -> None:
+    """Writes the summary as `out_stem`.csv and `out_stem`.parquet, one row per cell."""
+    with atomic_file(f"{out_stem}.csv") as file:
+        summary.to_csv(file, index=False)
+    with atomic_file(f"{out_stem}.parquet") as file:
+        pq.write_table(pa.Table.from_pandas(summary, preserve_index=False), file, compression="zstd")
+
+
+def _render(page: dict[str, Any]) -> str:
+    template = resources.files("scspec").joinpath("report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # charts are drawn in the order of the page
+    vega = vl_convert.javascript_bundle(vl_version=".".join(alt.SCHEMA_VERSION.split(".")[:2]))
+    # The bundle is not text from outside, but `</script` in one of its strings would end the element.
+    vega = Markup(vega.replace("</script", "<\\/script"))
+    return environment.from_string(template).render(page, vega=vega, themes=THEMES)
+
+
+def _page(
+    blocks: pd.DataFrame, summary: pd.DataFrame, metadata: list[dict], plan: dict[str, Any], out_path: Path
+) -> dict[str, Any]:
+    """Everything the template shows."""
+    sections, control_charts = _sections(summary), _control_charts(summary)
+    charts = [chart for section in sections for chart in section["charts"]] + control_charts
+    specs = {chart["id"]: chart["spec"] for chart in charts}
+    missing = [cell for cell in plan["cells"] if not Path(cell["path"]).exists()]
+    verdicts = identity_verdicts(summary, [cell["pair"] for cell in plan["cells"]])
+    return {
+        "specs": specs,
+        "nonce": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),
+        "demonstration": any(its["demonstration"] for its in metadata),
+        "alarms": _alarms(verdicts, metadata),
+        "facts": _facts(blocks, summary, plan, missing, verdicts),
+        "sections": sections,
+        "control_charts": control_charts,
+        "verdicts": verdicts,
+        "tables": _tables(summary),
+        "stem": out_path.stem,
+        "missing": missing,
+        "arm_labels": ARM_LABELS,
+        "invalid": plan["invalid"],
+        "invalid_columns": _columns(plan["invalid"]),
+        "provenance": _provenance(blocks, summary, metadata),
+        "min_prompts": MIN_PROMPTS,
+    }
+
+
+def _columns(entries: list[dict[str, Any]]) -> list[str]:
+    names = dict.fromkeys(name for entry in entries for name in entry)
+    return [*(name for name in names if name != "reason"), "reason"]
+
+
+def _decoding(do_sample: bool) -> str:
+    return "sampled" if do_sample else "greedy"
+
+
+def _sections(summary: pd.DataFrame) -> list[dict[str, Any]]:
+    """Charts of the grid: a section per pair and way of decoding."""
+    grid = summary[summary["arm"] == GRID_ARM]
+    sections = []
+    for index, ((pair, do_sample), cells) in enumerate(grid.groupby(["pair", "do_sample"], sort=True)):
+        known = (cells["interval"] != NO_INTERVAL).any()
+        charts = [
+            _chart(f"alpha-{index}", alpha_chart(cells), f"{_READ_ALPHA[do_sample]} {_bars(known)}"),
+            _chart(f"tau-{index}", tau_chart(cells), f"{_READ_TAU} {_bars(known)}"),
+        ]
+        sections.append({"pair": pair, "decoding": _decoding(do_sample), "charts": charts})
+    return sections
+
+
+_READ_ALPHA = {
+    False: "Each point is a cell: the share of emitted tokens on which draft and target choose the same token, so 1 "
+    "means that the draft's streams cost no acceptance;",
+    True: "Each point is a cell: the overlap 1 - TV(p, q) of the target's and the draft's distributions, averaged over "
+    "the emitted tokens, so 1 means that the draft's streams cost no acceptance;",
+}
+_READ_TAU = (
+    "Each point is a cell: the tokens that one pass of the target yields, from 1 (as without a draft) to the dashed "
+    "line at gamma + 1 (every proposal accepted);"
+)
+_READ_CONTROLS = (
+    "Identity must lie exactly on the mark at 1; reseed shows what two equally good SC models disagree by, and the "
+    "float arms on which side SC costs acceptance."
+)
+
+
+def _bars(known: bool) -> str:
+    if not known:
+        return f"there are no intervals below {MIN_PROMPTS} prompts, so differences may be chance."
+    return "bars are 95 % intervals over prompts, and drafts are moved sideways a little to keep them apart."
+
+
+def _chart(chart_id: str, chart: alt.TopLevelMixin, caption: str) -> dict[str, Any]:
+    spec = chart.to_dict()
+    del spec["config"]["view"], spec["$schema"]  # the theme has the frame; the page says the mode itself
+    return {"id": chart_id, "spec": spec, "label": spec["description"], "caption": caption}
+
+
+def _control_charts(summary: pd.DataFrame) -> list[dict[str, Any]]:
+    controls = summary[summary["arm"] != GRID_ARM]
+    return [
+        _chart(f"controls-{_decoding(do_sample)}", controls_chart(cells), _READ_CONTROLS)
+        for do_sample, cells in controls.groupby("do_sample", sort=True)
+    ]
+
+
+def identity_verdicts(summary: pd.DataFrame, pairs: Iterable[str] = ()) -> list[dict[str, str]]:
+    """Per pair, whether its `identity` cells hold: beta exactly 1 everywhere and every proposal accepted."""
+    verdicts = []
+    for pair in dict.fromkeys([*summary["pair"], *pairs]):
+        cells = summary[(summary["pair"] == pair) & (summary["arm"] == IDENTITY)]
+        broken = cells[(cells["beta_min"] != 1) | (cells["acceptance_rate"] != 1)]
+        if cells.empty:
+            verdict, detail = NOT_RUN, "no identity cell: nothing shows that the run is exact"
+        elif broken.empty:
+            verdict, detail = HOLDS, f"alpha is exactly 1 over {cells['tokens'].sum():,} tokens"
+        else:
+            worst = broken.loc[broken["alpha"].idxmin()]
+            verdict, detail = (
+                BROKEN,
+                f"alpha is {number(worst['alpha'])} in {worst['cell_id']}, and must be 1",
+            )
+        verdicts.append({"pair": pair, "verdict": verdict, "detail": detail})
+    return verdicts
+
+
+def _alarms(verdicts: list[dict[str, str]], metadata: list[dict[str, Any]]) -> list[str]:
+    alarms = [f"{its['pair']}: {its['verdict']}. {its['detail']}." for its in verdicts if its["verdict"] == BROKEN]
+    origins = {
+        "devices": {its["device"] for its in metadata},
+        "backends": {its["backend"] for its in metadata},
+        "prompt files": {f"{its['prompts']['file']}, sha256 {its['prompts']['sha256']}" for its in metadata},
+    }
+    for what, values in origins.items():
+        if len(values) > 1:
+            listed = "; ".join(sorted(values))
+            alarms.append(f"The cells come from {len(values)} different {what}, do not compare across: {listed}.")
+    return alarms
+
+
+def _facts(
+    blocks: pd.DataFrame, summary: pd.DataFrame, plan: dict[str, Any], missing: Sequence, verdicts: Sequence
+) -> list[tuple[str, str]]:
+    """Label and value of what a reader wants to know first."""
+    pairs = [its["pair"] for its in verdicts]
+    holding = sum(its["verdict"] == HOLDS for its in verdicts)
+    return [
+        ("cells", f"{len(summary)} of {len(plan['cells'])}"),
+        ("missing", str(len(missing))),
+        ("impossible", str(len(plan["invalid"]))),
+        ("prompts", str(blocks["prompt_id"].nunique())),
+        ("tokens", f"{blocks['kept'].sum():,}"),
+        ("decoding", ", ".join(sorted({_decoding(value) for value in summary["do_sample"]})) or "none"),
+        ("identity holds", f"{holding} of {len(pairs)} pairs"),
+    ]
+
+
+def _tables(summary: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table of text per pair and way of decoding, for the grid and for the controls."""
+    tables = []
+    for arms, cells in (
+        ("grid", summary[summary["arm"] == GRID_ARM]),
+        ("controls", summary[summary["arm"] != GRID_ARM]),
+    ):
+        for (pair, do_sample), group in cells.groupby(["pair", "do_sample"], sort=True):
+            group = group.assign(rank=group["arm"].map(list(ARM_LABELS).index)).sort_values(_TABLE_ORDER)
+            first = dict(zip(group["cell_id"], draft_labels(group), strict=True)) if arms == "grid" else None
+            rows = [_row(cell, first) for cell in group.itertuples()]
+            tables.append({"title": f"{pair}, {_decoding(do_sample)}: {arms}", "rows": rows})
+    return tables
+
+
+def _row(cell: Any, drafts: dict[str, str] | None) -> dict[str, str]:
+    def whole(value: Any, missing: str) -> str:
+        return missing if pd.isna(value) else str(value)
+
+    def interval(name: str, kind: str) -> str:
+        text = interval_text(*(getattr(cell, column) for column in (name, f"{name}_lo", f"{name}_hi")), kind)
+        return NO_INTERVAL if kind == NO_INTERVAL else text
+
+    return {
+        **({"arm": ARM_LABELS[cell.arm]} if drafts is None else {"draft's streams": drafts[cell.cell_id]}),
+        "stoc_len target / draft": f"{whole(cell.target_stoc_len, 'float')} / {whole(cell.draft_stoc_len, 'float')}",
+        "sc_prec": whole(cell.sc_prec, "float"),
+        "gamma": str(cell.gamma),
+        "seeds": f"{cell.sampling_seed} / {whole(cell.sc_seed, '-')}",
+        "prompts": str(cell.prompts),
+        "alpha": number(cell.alpha),
+        "alpha, 95 %": interval("alpha", cell.interval),
+        "tau": number(cell.tau),
+        "tau, 95 %": interval("tau", cell.tau_interval),
+        "tau predicted": number(cell.predicted_tau),
+        "alpha evaluated": number(cell.alpha_evaluated),
+        "acceptance rate": number(cell.acceptance_rate),
+        "tokens": f"{cell.tokens:,}",
+        "tokens/s": f"{cell.tokens_per_s:.1f}",
+    }
+
+
+def _line(value: Any) -> str:
+    """Metadata as one line of text, "key value, key value"; what is empty is left out."""
+    if not isinstance(value, dict):
+        return str(value)
+    return ", ".join(f"{key} {_line(item)}" for key, item in value.items() if item not in ("", None))
+
+
+def _distinct(values: Iterable[Any]) -> list[str]:
+    """The different lines of some metadata, in order."""
+    return list(dict.fromkeys(line for line in map(_line, values) if line))
+
+
+def _shares(summary: pd.DataFrame, metadata: list[dict[str, Any]]) -> list[str]:
+    """The fraction of multiply-accumulates under SC: a line per pair and value, with the arms it holds for."""
+    arms: dict[str, dict[str, None]] = {}
+    for pair, arm, its in zip(summary["pair"], summary["arm"], metadata, strict=True):
+        sides = ", ".join(f"{side} {share:.1%}" for side, share in its["sc_mac_share"].items())
+        arms.setdefault(f"{pair}: {sides}", {})[arm] = None
+    return [f"{line} ({', '.join(names)})" for line, names in arms.items()]
+
+
+def _provenance(
+    blocks: pd.DataFrame, summary: pd.DataFrame, metadata: list[dict[str, Any]]
+) -> list[tuple[str, list[str]]]:
+    """Label and lines; several lines mean that the cells differ, or a line for each model."""
+    if not metadata:
+        return []
+    seeds = {name: sorted(summary[name].dropna().unique()) for name in ("sampling_seed", "sc_seed")}
+    started = _distinct(sorted(its["started_at"] for its in metadata))
+    per_model = [(its["models"][side], its["weights_note"][side]) for its in metadata for side in its["models"]]
+    prompts = [{key: its["prompts"][key] for key in ("file", "sha256")} for its in metadata]
+    return [
+        ("Commit", _distinct(_commit(its) for its in metadata)),
+        ("Versions", _distinct(its["versions"] for its in metadata)),
+        ("Device", _distinct(its["device"] for its in metadata)),
+        ("SC backend", _distinct(its["backend"] for its in metadata)),
+        ("Models", _distinct(model for model, _ in per_model)),
+        ("Weights", _distinct(note for _, note in per_model)),
+        ("Share of multiply-accumulates in SC", _shares(summary, metadata)),
+        ("Prompts", [f"{blocks['prompt_id'].nunique()} prompts", *_distinct(prompts)]),
+        ("Tokens", [f"{blocks['kept'].sum():,} in {len(blocks):,} blocks"]),
+        ("Seeds", [f"{name}: {', '.join(map(str, values)) or 'none'}" for name, values in seeds.items()]),
+        ("Started", [" to ".join(dict.fromkeys((started[0], started[-1])))]),
+        ("Wall time", [f"{sum(its['wall_time_s'] for its in metadata):,.0f} s, summed over cells"]),
+    ]
+
+
+def _commit(its: dict[str, Any]) -> str:
+    if its["commit"] is None:
+        return "unknown: not run from a git checkout"
+    return f"{its['commit']}{', with uncommitted changes' if its['dirty'] else ''}"
