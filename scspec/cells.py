@@ -1,0 +1,283 @@
+"""Experiment -> Cells: one cell is one Parquet file and one Snakemake target.
+
+A cell's JSON line says everything `run_cell` needs and nothing else, because Snakemake compares it to decide what is
+stale: settings of the report and of the machine (thread count) are not in it. A cell depends on its own point of the
+grid only, so adding a value to an axis leaves the ids and JSON lines of all other cells as they are.
+
+Not covered: running a cell (`scspec.run`). Imports neither torch nor numpy.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from scspec.config import Experiment, Pair, Sampling, SideConfig
+
+GRID_ARM = "sc_sc"
+RESEED_OFFSET = 1000  # the draft's sc_seed in the arm `reseed` is the target's plus this
+GREEDY = Sampling(do_sample=False, temperature=1.0, top_k=0, top_p=1.0)
+
+Streams = tuple[Fraction, int]  # (stoc_len, sc_prec) of an SC side; the length may turn out not to be whole
+
+
+@dataclass(frozen=True)
+class Side:
+    """Target or draft of a cell, resolved. `sc` is None in floating point.
+
+    Otherwise `sc` holds the overrides that the pair gives and `sc_prec`, `sc_stoc_len`, `sc_seed`; every other knob
+    has its default in `scspec.patching`.
+    """
+
+    model: str
+    sc: dict[str, Any] | None = field(hash=False)
+    skip_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run over a prompt file.
+
+    `stoc_len` is the target's, None if the target is in floating point. `sc_prec` and `sc_seed` are the target's, or
+    the draft's if only the draft is in SC, or None. So a cell that does not depend on an axis of the grid does not
+    name a value of it either. What each side resolves to is in `target.sc` and `draft.sc`.
+    """
+
+    id: str
+    pair: str
+    arm: str
+    stoc_len: int | None
+    sc_prec: int | None
+    gamma: int
+    sc_seed: int | None
+    sampling_seed: int
+    target: Side
+    draft: Side
+    prompt_file: str
+    prompt_sha256: str
+    prompt_limit: int | None
+    max_new_tokens: int
+    sampling: Sampling
+    device: str
+    dtype: str
+    backend: str
+    demonstration: bool
+
+    def to_json(self) -> str:
+        """Return the one canonical line: sorted keys, no spaces, ASCII."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Cell":
+        """Return the cell of a JSON line. Raises `ValueError` if it is not JSON or its keys are not a cell's."""
+        try:
+            values = _checked_keys(cls, json.loads(text), "cell")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"cell: not JSON: {error}; needed: the line that Cell.to_json returns") from None
+        for name, kind in (("target", Side), ("draft", Side), ("sampling", Sampling)):
+            values[name] = kind(**_checked_keys(kind, values[name], name))
+        for name in ("target", "draft"):
+            side = values[name]
+            values[name] = Side(side.model, side.sc, tuple(side.skip_layers))
+        return cls(**values)
+
+    def path(self, results_dir: str | Path = "results") -> Path:
+        """Return where the cell's Parquet file lies."""
+        return Path(results_dir) / "cells" / f"{self.id}.parquet"
+
+    def manifests(self, results_dir: str | Path = "results") -> list[Path]:
+        """Return where the manifests of the cell's models lie: one path, or two."""
+        stems = sorted({manifest_name(side.model) for side in (self.target, self.draft)})
+        return [Path(results_dir) / "models" / f"{stem}.json" for stem in stems]
+
+
+@dataclass(frozen=True)
+class Invalid:
+    """A combination that cannot exist, whatever gamma and the seeds are. It is listed and never run.
+
+    `draft_stoc_len` is None if the target alone is at fault; a length that is not whole stays a fraction's float.
+    """
+
+    pair: str
+    arm: str
+    stoc_len: int
+    sc_prec: int
+    draft_stoc_len: float | None
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.pair}/{self.arm} stoc_len={self.stoc_len} sc_prec={self.sc_prec}: {self.reason}"
+
+
+def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
+    """Return the cells of an experiment, the grid of each pair before its controls, and what cannot exist.
+
+    Combinations that resolve to the same run of the same arm are one cell. Raises `FileNotFoundError` if there is no
+    such prompt file.
+    """
+    prompt_sha256 = _prompt_sha256(experiment.prompt_file)
+    cells: dict[Cell, None] = {}
+    invalid: dict[Invalid, None] = {}
+    for pair, (arm, points, gammas) in product(experiment.pairs, _arms(experiment)):
+        for (stoc_len, sc_prec), (target, draft) in _streams(pair, arm, points):
+            fault = _fault(target, draft)
+            if fault:
+                invalid[Invalid(pair.name, arm, stoc_len, sc_prec, *fault)] = None
+                continue
+            for gamma, seed, draw in product(gammas, experiment.sc_seed, experiment.sampling_seed):
+                sides = _sides(pair, arm, target, draft, seed)
+                cells[_cell(experiment, pair, arm, gamma, draw, *sides, prompt_sha256)] = None
+    return list(cells), list(invalid)
+
+
+def plan(experiment: Experiment, cells: Iterable[Cell], invalid: Iterable[Invalid]) -> dict[str, Any]:
+    """Return what a report needs to know of a run, in plain JSON types: which cells there should be, and which not."""
+    return {
+        "demonstration": experiment.demonstration,
+        "settings": experiment.settings,
+        "cells": [{**json.loads(cell.to_json()), "path": cell.path().as_posix()} for cell in cells],
+        "invalid": [asdict(combination) for combination in invalid],
+    }
+
+
+def manifest_names(cells: Iterable[Cell]) -> dict[str, str]:
+    """Return {file name stem: model} for every model of the cells. Raises `ValueError` if two models share a name."""
+    names: dict[str, str] = {}
+    for model in sorted({side.model for cell in cells for side in (cell.target, cell.draft)}):
+        stem = manifest_name(model)
+        if stem in names:
+            raise ValueError(f"model: {model!r} and {names[stem]!r} would share the manifest {stem}.json")
+        names[stem] = model
+    return names
+
+
+def manifest_name(model: str) -> str:
+    """Return a model's name as a file name stem: `/` becomes `--`."""
+    return model.replace("/", "--")
+
+
+def _checked_keys(kind: type, values: Any, where: str) -> dict[str, Any]:
+    """Return the mapping if its keys are the fields of a dataclass; else raises `ValueError`."""
+    wanted = {item.name for item in fields(kind)}
+    if not isinstance(values, dict) or set(values) != wanted:
+        wrong = sorted(wanted ^ set(values)) if isinstance(values, dict) else values
+        raise ValueError(f"{where}: wrong or missing keys {wrong}; needed: {', '.join(sorted(wanted))}")
+    return values
+
+
+def _prompt_sha256(path: str) -> str:
+    """Return the SHA-256 of the prompt file's bytes."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise FileNotFoundError(
+            f"prompt_file: {path!r} cannot be read ({error.strerror}); allowed: the path of a prompt file"
+        ) from None
+
+
+def _arms(experiment: Experiment) -> Iterator[tuple[str, list[tuple[int, int]], tuple[int, ...]]]:
+    """Yield (arm, points (stoc_len, sc_prec), gammas): the grid first, then the controls."""
+    yield GRID_ARM, list(product(experiment.stoc_len, experiment.sc_prec)), experiment.gamma
+    controls = experiment.controls
+    for arm in controls.arms if controls.enabled else ():
+        yield arm, list(product(controls.stoc_len, controls.sc_prec)), controls.gamma
+
+
+def _streams(
+    pair: Pair, arm: str, points: Iterable[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], tuple[Streams | None, Streams | None]]]:
+    """Yield (point, (target's streams, draft's streams)), None for a side in floating point."""
+    for stoc_len, sc_prec in points:
+        target = None if arm in ("float_float", "float_sc") else (Fraction(stoc_len), sc_prec)
+        if arm in ("identity", "reseed"):
+            drafts: list[Streams | None] = [target]
+        elif arm in ("float_float", "sc_float"):
+            drafts = [None]
+        else:
+            drafts = [(length, pair.draft_sc_prec or sc_prec) for length in _draft_stoc_lens(pair, stoc_len)]
+        for draft in drafts:
+            yield (stoc_len, sc_prec), (target, draft)
+
+
+def _draft_stoc_lens(pair: Pair, stoc_len: int) -> list[Fraction]:
+    """Return the draft's lengths exactly: a ratio counts as the decimal number that was written."""
+    return [Fraction(str(ratio)) * stoc_len for ratio in pair.draft_ratios] + [
+        Fraction(length) for length in pair.draft_stoc_lens
+    ]
+
+
+def _fault(target: Streams | None, draft: Streams | None) -> tuple[float | None, str] | None:
+    """Return (draft's length or None, reason) if the combination cannot exist, else None."""
+    if target and target[0] > 2 ** target[1]:
+        return None, f"target stoc_len {target[0]} is above 2**sc_prec = {2 ** target[1]}"
+    if draft is None:
+        return None
+    length, sc_prec = draft
+    shown = int(length) if length.denominator == 1 else float(length)
+    if length.denominator != 1:
+        return shown, f"draft stoc_len {shown} is not a whole number"
+    if length > 2**sc_prec:
+        return shown, f"draft stoc_len {shown} is above 2**sc_prec = {2**sc_prec}"
+    return None
+
+
+def _sides(pair: Pair, arm: str, target: Streams | None, draft: Streams | None, sc_seed: int) -> tuple[Side, Side]:
+    """Return the resolved target and draft."""
+    draft_config = pair.target if arm in ("identity", "reseed") else pair.draft
+    draft_seed = sc_seed + RESEED_OFFSET if arm == "reseed" else sc_seed
+    return _side(pair.target, target, sc_seed), _side(draft_config, draft, draft_seed)
+
+
+def _side(config: SideConfig, streams: Streams | None, sc_seed: int) -> Side:
+    """Return one side with its streams written into the SC knobs."""
+    if streams is None:
+        return Side(config.model, None, config.skip_layers)
+    sc = {**config.sc, "sc_prec": streams[1], "sc_stoc_len": int(streams[0]), "sc_seed": sc_seed}
+    return Side(config.model, sc, config.skip_layers)
+
+
+def _cell(
+    experiment: Experiment,
+    pair: Pair,
+    arm: str,
+    gamma: int,
+    sampling_seed: int,
+    target: Side,
+    draft: Side,
+    prompt_sha256: str,
+) -> Cell:
+    """Return the cell of two resolved sides. Greedy cells do not see the settings of sampling."""
+    point = target.sc or draft.sc or {"sc_prec": None, "sc_seed": None}
+    return Cell(
+        id=f"{pair.name}/{arm}/{_stem(target.sc, draft.sc, gamma, sampling_seed)}",
+        pair=pair.name,
+        arm=arm,
+        stoc_len=target.sc["sc_stoc_len"] if target.sc else None,
+        sc_prec=point["sc_prec"],
+        gamma=gamma,
+        sc_seed=point["sc_seed"],
+        sampling_seed=sampling_seed,
+        target=target,
+        draft=draft,
+        prompt_file=experiment.prompt_file,
+        prompt_sha256=prompt_sha256,
+        prompt_limit=experiment.prompt_limit,
+        max_new_tokens=experiment.max_new_tokens,
+        sampling=experiment.sampling if experiment.sampling.do_sample else GREEDY,
+        device=experiment.device,
+        dtype=pair.dtype,
+        backend=experiment.backend,
+        demonstration=experiment.demonstration,
+    )
+
+
+def _stem(target: dict[str, Any] | None, draft: dict[str, Any] | None, gamma: int, sampling_seed: int) -> str:
+    """Return the last part of an id, for example `L128_d96_p8_g4_s0_n0`; `f` stands for floating point."""
+    nothing = {"sc_stoc_len": "f", "sc_prec": "f", "sc_seed": "f"}
+    point = target or draft or nothing
+    lengths = f"L{(target or nothing)['sc_stoc_len']}_d{(draft or nothing)['sc_stoc_len']}"
+    return f"{lengths}_p{point['sc_prec']}_g{gamma}_s{sampling_seed}_n{point['sc_seed']}"

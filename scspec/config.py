@@ -1,0 +1,276 @@
+"""YAML -> a validated, frozen `Experiment`: every setting of a run, with defaults filled in.
+
+`workflow/config.schema.yaml` is the only copy of the schema and the only place of the defaults. It is read relative
+to this file: scspec runs from its repository (a clone or an editable install), which holds the Snakefile and the
+prompts too, so packaging a second copy would only make two that can differ.
+
+Not covered: which combinations of the grid can exist (`scspec.cells`), and whether a model accepts an SC knob's
+value (`scspec.patching`). Imports neither torch nor numpy.
+"""
+
+import difflib
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+SCHEMA_PATH = Path(__file__).resolve().parents[1] / "workflow" / "config.schema.yaml"
+
+
+@dataclass(frozen=True)
+class SideConfig:
+    """Target or draft of a pair: a model, the SC knobs that were overridden, and the layers left out (sorted)."""
+
+    model: str
+    sc: dict[str, Any] = field(hash=False)
+    skip_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pair of models. The draft's stream lengths are `draft_ratios` times the target's, or `draft_stoc_lens`.
+
+    One of the two is empty; `same` in the YAML is the ratio 1. `draft_sc_prec` is None for the target's.
+    """
+
+    name: str
+    dtype: str
+    target: SideConfig
+    draft: SideConfig
+    draft_ratios: tuple[float, ...]
+    draft_stoc_lens: tuple[int, ...]
+    draft_sc_prec: int | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. Greedy if `do_sample` is False; then the other three have no effect."""
+
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Which control arms run and where: the axes of the controls, taken from the grid where the YAML says null."""
+
+    enabled: bool
+    arms: tuple[str, ...]
+    stoc_len: tuple[int, ...]
+    sc_prec: tuple[int, ...]
+    gamma: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything `config.yaml` says, checked. `pairs` holds the enabled ones; `settings` is the YAML with defaults."""
+
+    pairs: tuple[Pair, ...]
+    stoc_len: tuple[int, ...]
+    sc_prec: tuple[int, ...]
+    gamma: tuple[int, ...]
+    sc_seed: tuple[int, ...]
+    sampling_seed: tuple[int, ...]
+    prompt_file: str
+    prompt_limit: int | None
+    max_new_tokens: int
+    sampling: Sampling
+    controls: Controls
+    device: str
+    dtype: str
+    backend: str
+    threads_per_cell: int
+    demonstration: bool
+    settings: dict[str, Any] = field(hash=False)
+
+
+def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
+    """Return the experiment that a parsed `config.yaml` describes.
+
+    Strings stand for the value they spell wherever the schema wants no string, because `snakemake --config
+    gamma='[1,2]'` hands over `["1", "2"]`. Raises `ValueError` with one line that names the key, its value and what
+    is allowed.
+    """
+    settings = _normalise(mapping, _schema())
+    _check_schema(settings)
+    _check_finite(settings)
+    _check_across(settings)
+    plain = ("prompt_file", "prompt_limit", "max_new_tokens", "device", "dtype", "backend")
+    axes = ("stoc_len", "sc_prec", "gamma", "sc_seed", "sampling_seed")
+    return Experiment(
+        pairs=tuple(
+            _pair(name, pair, settings["dtype"]) for name, pair in settings["pairs"].items() if pair["enabled"]
+        ),
+        sampling=Sampling(**settings["sampling"]),
+        controls=_controls(settings),
+        threads_per_cell=settings["threads_per_cell"],
+        demonstration=settings["demonstration"],
+        settings=settings,
+        **{key: settings[key] for key in plain},
+        **{axis: tuple(settings[axis]) for axis in axes},
+    )
+
+
+def read_config(path: str | Path) -> Any:
+    """Return what a YAML file says, not yet checked. Raises one-line `FileNotFoundError` or `ValueError`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"config file {path} does not exist") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    """Return the schema. Callers must not change it."""
+    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+
+
+def _normalise(value: Any, schema: Mapping[str, Any]) -> Any:
+    """Return a copy of `value` in the schema's types and with its defaults; what does not fit stays as it is."""
+    for branch in schema.get("anyOf", ()):
+        candidate = _normalise(value, branch)
+        if jsonschema.Draft202012Validator(branch).is_valid(candidate):
+            return candidate
+    types = schema.get("type", ())
+    types = {types} if isinstance(types, str) else set(types)
+    if isinstance(value, str) and types and "string" not in types:
+        value = _parse(value)
+    if isinstance(value, Mapping):
+        return _normalise_mapping(value, schema)
+    if isinstance(value, list | tuple):
+        return [_normalise(item, schema.get("items", {})) for item in value]
+    if isinstance(value, float) and value.is_integer() and "integer" in types:
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and "number" in types:
+        return float(value)
+    return value
+
+
+def _normalise_mapping(value: Mapping[Any, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy with string keys; unknown keys stay, for the schema to refuse."""
+    known = schema.get("properties", {})
+    other = schema.get("additionalProperties") or {}
+    result = {str(key): _normalise(item, known.get(str(key), other)) for key, item in value.items()}
+    for key, sub in known.items():
+        if key not in result and "default" in sub:
+            result[key] = _normalise(deepcopy(sub["default"]), sub)
+    return result
+
+
+def _parse(text: str) -> Any:
+    """Return what a string spells in YAML, or the string itself."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _check_schema(settings: Any) -> None:
+    """Raise `ValueError` for what the schema refuses: an unknown key if there is one, as it explains the rest."""
+    errors = list(jsonschema.Draft202012Validator(_schema()).iter_errors(settings))
+    if errors:
+        error = min(errors, key=lambda error: (error.validator != "additionalProperties", len(error.path)))
+        raise ValueError(_message(error))
+
+
+def _message(error: jsonschema.ValidationError) -> str:
+    """Return one line: where, which value, what is allowed."""
+    where = _key_path(error.absolute_path)
+    if error.validator == "additionalProperties":
+        allowed = list(error.schema["properties"])
+        unknown = next(key for key in error.instance if key not in allowed)
+        close = difflib.get_close_matches(unknown, allowed, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"{where}: unknown key {unknown!r}{hint}; allowed: {', '.join(allowed)}"
+    if error.validator == "required":
+        missing = next(key for key in error.schema["required"] if key not in error.instance)
+        return f"{where}: missing key {missing!r}; needed: {', '.join(error.schema['required'])}"
+    return f"{where}: {_short(error.instance)} is not allowed; allowed: {error.schema['description']}"
+
+
+def _key_path(parts: Iterable[str | int]) -> str:
+    """Return for example `pairs.mine.draft.skip_layers[0]`; `config` for the top."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return text.removeprefix(".") or "config"
+
+
+def _short(value: Any) -> str:
+    """Return the value on one line of at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _check_finite(value: Any, path: tuple[str | int, ...] = ()) -> None:
+    """Raise `ValueError` for NaN and infinity, which slip through a schema's bounds."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{_key_path(path)}: {value} is not allowed; allowed: a finite number")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        _check_finite(item, (*path, key))
+
+
+def _check_across(settings: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for settings that are allowed alone but not together."""
+    if not any(pair["enabled"] for pair in settings["pairs"].values()):
+        raise ValueError(
+            f"pairs: none of {', '.join(settings['pairs'])} is enabled; allowed: at least one with enabled: true"
+        )
+    seeds = settings["sampling_seed"]
+    if len(seeds) > 1 and not settings["sampling"]["do_sample"]:
+        raise ValueError(
+            f"sampling_seed: {seeds} repeats the same tokens with sampling.do_sample: false; allowed: one seed"
+        )
+    if settings["device"] != "cpu" and settings["backend"] == "cpu":
+        raise ValueError(
+            f"backend: 'cpu' is not allowed with device: {settings['device']!r}; allowed: reference, or device: cpu"
+        )
+
+
+def _pair(name: str, pair: Mapping[str, Any], dtype: str) -> Pair:
+    """Return a checked pair; `dtype` is the experiment's."""
+    length = pair["draft"]["stoc_len"]
+    if length == "same":
+        length = {"ratio": 1.0}
+    ratios = _listed(length["ratio"]) if isinstance(length, dict) else []
+    lengths = [] if isinstance(length, dict) else _listed(length)
+    return Pair(
+        name=name,
+        dtype=pair["dtype"] or dtype,
+        target=_side(pair["target"]),
+        draft=_side(pair["draft"]),
+        draft_ratios=tuple(ratios),
+        draft_stoc_lens=tuple(lengths),
+        draft_sc_prec=pair["draft"]["sc_prec"],
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a list as it is and anything else as a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+def _side(side: Mapping[str, Any]) -> SideConfig:
+    """Return one side of a pair; the order in which layers are listed means nothing."""
+    return SideConfig(side["model"], dict(side["sc"]), tuple(sorted(side["skip_layers"])))
+
+
+def _controls(settings: Mapping[str, Any]) -> Controls:
+    """Return the controls with each null axis replaced by the grid's."""
+    controls = settings["controls"]
+    axes = {
+        axis: tuple(controls[axis] if controls[axis] is not None else settings[axis])
+        for axis in ("stoc_len", "sc_prec", "gamma")
+    }
+    return Controls(enabled=controls["enabled"], arms=tuple(controls["arms"]), **axes)

@@ -1,0 +1,215 @@
+"""`run_cell`: one cell of the grid, from its settings to its Parquet file. The only place where the parts meet."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numba
+import torch
+from tqdm import tqdm
+
+from scspec import provenance
+from scspec.cells import Cell, Side
+from scspec.decoding import Block, CachedScorer, Draws, SamplingConfig, decode_blocks, key_from
+from scspec.hardware import sc_mac_share
+from scspec.models import check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
+from scspec.patching import PRESETS, knobs_of, resolve_knobs
+from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
+from scspec.results import write_cell
+from scspec.sc.matmul import resolve_backend
+
+
+def run_cell(cell: Cell, output: Path, *, threads: int = 1) -> None:
+    """Decode the cell's prompts and write its Parquet file (docs/architecture.md, "Seam 3") to `output`.
+
+    Everything cheap is checked before a model is loaded: ValueError names what is wrong. `threads` changes no result.
+    Progress goes to stderr. Sets the process's thread counts.
+    """
+    started_at, began_s = datetime.now(UTC), time.perf_counter()
+    prompts = _checked_prompts(cell)
+    _check_cell(cell)
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    tokenizer = load_tokenizer(cell.target.model)
+    limit = min(context_limit(side.model) for side in (cell.target, cell.draft))
+    for prompt in prompts:  # a later turn's length is known when the turns before it are decoded
+        _check_length(cell, prompt, 0, len(encode_turn(tokenizer, [], prompt.turns[0])), limit)
+    run = _Run(cell, prompts, tokenizer, _load(cell.target), _load(cell.draft))
+    provenance_of_run = run.metadata()  # before the expensive part: what cannot be said must not lose results
+    rows = list(run.rows())
+    metadata = {
+        **provenance_of_run,
+        "prompts": run.prompt_metadata(),
+        "started_at": started_at.isoformat(timespec="seconds"),
+        "wall_time_s": time.perf_counter() - began_s,
+    }
+    write_cell(output, rows, metadata)
+
+
+def _checked_prompts(cell: Cell) -> list[Prompt]:
+    found = file_sha256(cell.prompt_file)
+    if found != cell.prompt_sha256:
+        raise ValueError(
+            f"prompt_file {cell.prompt_file}: its SHA-256 is {found}, the cell was planned with {cell.prompt_sha256}"
+        )
+    return load_prompts(cell.prompt_file)[: cell.prompt_limit]
+
+
+def _check_cell(cell: Cell) -> None:
+    if cell.device != "cpu":
+        raise ValueError(f"device={cell.device!r}: allowed is 'cpu'")
+    if cell.dtype != "float32":
+        raise ValueError(f"dtype={cell.dtype!r}: on the CPU allowed is 'float32'")
+    default = resolve_backend(None, torch.device(cell.device))
+    if cell.backend != default:
+        raise ValueError(f"backend={cell.backend!r}: models on {cell.device} run on {default!r}")
+    for side in (cell.target, cell.draft):
+        resolve_knobs(_overrides(side))
+    check_vocabularies(cell.target.model, cell.draft.model)
+
+
+def _check_length(cell: Cell, prompt: Prompt, turn: int, tokens: int, limit: int) -> int:
+    """Return how many cache positions the turn needs; ValueError if the models have fewer."""
+    needed = tokens + cell.max_new_tokens + cell.gamma + 1
+    if needed > limit:
+        raise ValueError(
+            f"prompt {prompt.prompt_id!r}, turn {turn}: {tokens} tokens, {cell.max_new_tokens} new ones and a block "
+            f"need {needed} positions; the models have {limit}"
+        )
+    return needed
+
+
+def _overrides(side: Side) -> dict:
+    return PRESETS["float"] if side.sc is None else side.sc
+
+
+def _load(side: Side):
+    return load_model(side.model, sc_overrides=_overrides(side), skip_layers=side.skip_layers)
+
+
+class _Run:
+    """The loaded models of a cell and what comes of decoding its prompts."""
+
+    def __init__(self, cell: Cell, prompts: list[Prompt], tokenizer, target, draft):
+        self.cell, self.prompts, self.tokenizer = cell, prompts, tokenizer
+        self.target, self.draft = target, draft
+        self.sampling = SamplingConfig(**vars(cell.sampling))
+        self.eos_token_ids = _eos_token_ids(target, tokenizer)
+        self.prompt_ids: list[list[int]] = []
+
+    def rows(self) -> Iterator[dict]:
+        """Yield one row of the Parquet schema per block, prompt by prompt, turn by turn."""
+        keys = self._keys()
+        turns = sum(len(prompt.turns) for prompt in self.prompts)
+        total = turns * self.cell.max_new_tokens
+        with tqdm(total=total, unit="tok", desc=self.cell.id, file=sys.stderr, mininterval=1) as progress:
+            for prompt in self.prompts:
+                yield from self._prompt_rows(prompt, keys, progress)
+
+    def _prompt_rows(self, prompt: Prompt, keys: dict, progress: tqdm) -> Iterator[dict]:
+        history: list[dict] = []
+        for turn, text in enumerate(prompt.turns):
+            ids = encode_turn(self.tokenizer, history, text)
+            self.prompt_ids.append(ids)
+            where = {"prompt_id": prompt.prompt_id, "category": prompt.category, "turn": turn}
+            new_ids: list[int] = []
+            for index, block in enumerate(self._blocks(prompt, turn, ids)):
+                new_ids += block.emitted[: block.kept]
+                progress.update(block.kept)
+                yield {**keys, **where, "prompt_tokens": len(ids), "block": index, **_block_row(block)}
+            progress.update(self.cell.max_new_tokens - len(new_ids))
+            reply = self.tokenizer.decode(new_ids, skip_special_tokens=True)
+            history += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+    def _blocks(self, prompt: Prompt, turn: int, ids: list[int]) -> Iterator[Block]:
+        cell = self.cell
+        limit = min(model.config.max_position_embeddings for model in (self.target, self.draft))
+        capacity = _check_length(cell, prompt, turn, len(ids), limit)
+        return decode_blocks(
+            CachedScorer(self.target, capacity),
+            CachedScorer(self.draft, capacity),
+            ids,
+            max_new_tokens=cell.max_new_tokens,
+            gamma=cell.gamma,
+            sampling=self.sampling,
+            eos_token_ids=self.eos_token_ids,
+            draws=Draws(key_from(cell.sampling_seed, prompt.prompt_id, turn)),
+        )
+
+    def _keys(self) -> dict:
+        cell = self.cell
+        keys = {
+            "cell_id": cell.id,
+            "pair": cell.pair,
+            "arm": cell.arm,
+            "stoc_len": cell.stoc_len or None,
+            "sc_prec": cell.sc_prec or None,
+            "gamma": cell.gamma,
+            "sampling_seed": cell.sampling_seed,
+            "sc_seed": cell.sc_seed,
+            "device": cell.device,
+            "backend": cell.backend,
+            "do_sample": cell.sampling.do_sample,
+        }
+        for name, side, model in (("target", cell.target, self.target), ("draft", cell.draft, self.draft)):
+            knobs = side.sc or {}
+            keys[f"{name}_model"] = side.model
+            for knob in ("sc_prec", "sc_seed"):
+                keys[f"{name}_{knob}"] = knobs.get(knob)
+            keys[f"{name}_stoc_len"] = knobs.get("sc_stoc_len")
+            settings = {**knobs_of(model), "skip_layers": list(side.skip_layers)}
+            keys[f"{name}_settings"] = json.dumps(settings, sort_keys=True)
+        return keys
+
+    def metadata(self) -> dict:
+        """Return the file's metadata, without its prompts and times."""
+        cell = self.cell
+        sides = {"target": (cell.target, self.target), "draft": (cell.draft, self.draft)}
+        models = {name: fetch_model(side.model) for name, (side, _) in sides.items()}
+        commit, dirty = provenance.commit()
+        return {
+            "cell": json.loads(cell.to_json()),
+            "versions": provenance.versions(),
+            "commit": commit,
+            "dirty": dirty,
+            "models": models,
+            "device": f"{cell.device}: {provenance.device_name(cell.device)}",
+            "backend": cell.backend,
+            "sc_mac_share": {name: sc_mac_share(model.config) for name, (_, model) in sides.items()},
+            "weights_note": {name: manifest["note"] for name, manifest in models.items()},
+            "demonstration": cell.demonstration,
+        }
+
+    def prompt_metadata(self) -> dict:
+        """Return which prompts were decoded; after `rows` has run (a later turn's ids hold earlier replies)."""
+        return {
+            "file": self.cell.prompt_file,
+            "sha256": self.cell.prompt_sha256,
+            "count": len(self.prompts),
+            "token_ids_sha256": token_ids_sha256(self.prompt_ids),
+        }
+
+
+def _block_row(block: Block) -> dict:
+    return {
+        "start": block.start,
+        "proposed_ids": block.proposed,
+        "emitted_ids": block.emitted,
+        "accepted": block.accepted,
+        "kept": block.kept,
+        "beta": block.beta,
+        "margin": block.margin,
+        "stop": block.stop,
+        "draft_time_s": block.draft_time_s,
+        "verify_time_s": block.verify_time_s,
+    }
+
+
+def _eos_token_ids(model, tokenizer) -> frozenset[int]:
+    """Return every id that ends a text: the generation config's (one or several) and the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)

@@ -1,0 +1,132 @@
+"""run_cell on a tiny model: the rows of one cell, its metadata, refusals before loading, several turns."""
+
+import dataclasses
+import json
+
+import pytest
+from tiny import save_tiny_model
+
+from scspec import run
+from scspec.cells import expand
+from scspec.config import load_experiment
+from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_tokens, key_from
+from scspec.models import load_model, load_tokenizer
+from scspec.prompts import encode_turn
+from scspec.results import check_identities, read_cell
+
+PROMPTS = [
+    {"question_id": "one", "category": "letters", "turns": ["Hello there"]},
+    {"question_id": "two", "category": "letters", "turns": ["What is this?", "And that?"]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    save_tiny_model(folder / "model")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
+    return folder
+
+
+@pytest.fixture
+def cells(folder):
+    """The cells of a small grid by arm; sampled, so that every random number matters."""
+    model = {"model": str(folder / "model")}
+    experiment = load_experiment(
+        {
+            "pairs": {"tiny": {"target": model, "draft": {**model, "stoc_len": {"ratio": 0.5}, "skip_layers": [1]}}},
+            "stoc_len": [64],
+            "sc_prec": [8],
+            "gamma": [3],
+            "prompt_file": str(folder / "prompts.jsonl"),
+            "max_new_tokens": 10,
+            "sampling": {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            "controls": {"stoc_len": [64], "gamma": [3]},
+        }
+    )
+    found, invalid = expand(experiment)
+    assert not invalid
+    return {cell.arm: cell for cell in found}
+
+
+def run_to(path, cell, **arguments):
+    run.run_cell(cell, path, **arguments)
+    return read_cell(path)
+
+
+def test_rows_and_metadata_of_a_cell(cells, tmp_path):
+    blocks, metadata = run_to(tmp_path / "cell.parquet", cells["sc_sc"])
+    check_identities(blocks)
+    assert set(zip(blocks["prompt_id"], blocks["turn"], strict=True)) == {("one", 0), ("two", 0), ("two", 1)}
+    assert (blocks["target_stoc_len"] == 64).all()
+    assert (blocks["draft_stoc_len"] == 32).all()
+    assert json.loads(blocks["draft_settings"].iloc[0])["skip_layers"] == [1]
+    assert metadata["cell"] == json.loads(cells["sc_sc"].to_json())
+    assert metadata["prompts"]["count"] == 2
+    assert 0 < metadata["sc_mac_share"]["target"] < 1
+    assert metadata["models"]["target"]["sha256"] == metadata["models"]["draft"]["sha256"]
+
+
+def test_a_run_again_and_on_two_threads_gives_the_same_rows(cells, tmp_path):
+    times = ["draft_time_s", "verify_time_s"]
+    first, _ = run_to(tmp_path / "1.parquet", cells["sc_sc"])
+    second, _ = run_to(tmp_path / "2.parquet", cells["sc_sc"], threads=2)
+    assert first.drop(columns=times).map(str).equals(second.drop(columns=times).map(str))
+
+
+def test_identity_is_exactly_one_and_its_text_the_targets(cells, tmp_path):
+    cell = cells["identity"]
+    blocks, _ = run_to(tmp_path / "cell.parquet", cell)
+    assert all(beta == 1.0 for betas in blocks["beta"] for beta in betas)
+    assert (blocks["accepted"] == cell.gamma).all()
+    ids = encode_turn(load_tokenizer(cell.target.model), [], "Hello there")
+    plain = decode_tokens(
+        CachedScorer(load_model(cell.target.model, sc_overrides=cell.target.sc), 64),
+        ids,
+        max_new_tokens=cell.max_new_tokens,
+        sampling=SamplingConfig(do_sample=True),
+        eos_token_ids=frozenset({1}),
+        draws=Draws(key_from(cell.sampling_seed, "one", 0)),
+    )
+    rows = blocks[blocks["prompt_id"] == "one"]
+    kept = [list(ids[:kept]) for ids, kept in zip(rows["emitted_ids"], rows["kept"], strict=True)]
+    assert [token for ids in kept for token in ids] == list(plain)
+
+
+def test_a_second_turn_sees_the_first_and_its_reply(cells, tmp_path):
+    blocks, _ = run_to(tmp_path / "cell.parquet", cells["float_float"])
+    prompt_tokens = blocks.groupby(["prompt_id", "turn"])["prompt_tokens"].first()
+    assert prompt_tokens["two", 1] > prompt_tokens["two", 0] + len("And that?")
+
+
+def test_float_sides_have_no_streams(cells, tmp_path):
+    blocks, metadata = run_to(tmp_path / "cell.parquet", cells["sc_float"])
+    assert (blocks["target_stoc_len"] == 64).all()
+    assert blocks["draft_stoc_len"].isna().all()
+    assert metadata["sc_mac_share"]["draft"] == 0
+    knobs = json.loads(blocks["draft_settings"].iloc[0])
+    assert not knobs["use_sc_linear"]
+    assert not knobs["use_sc_attn"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"device": "cuda"}, "device='cuda'"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"backend": "reference"}, "backend='reference'"),
+        ({"prompt_sha256": "0"}, "SHA-256"),
+    ],
+)
+def test_what_cannot_run_is_named_before_loading(cells, tmp_path, monkeypatch, changed, message):
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=message):
+        run.run_cell(dataclasses.replace(cells["sc_sc"], **changed), tmp_path / "cell.parquet")
+
+
+def test_a_prompt_too_long_for_the_model_is_named_before_loading(cells, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    cell = dataclasses.replace(cells["sc_sc"], max_new_tokens=600)
+    with pytest.raises(ValueError, match=r"prompt 'one', turn 0: .*the models have 512"):
+        run.run_cell(cell, tmp_path / "cell.parquet")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,237 @@
+"""The Snakefile as users type it: what runs, what reruns, and what a failure says.
+
+Real Snakemake, real configuration, cells and command line, in a copy of the workflow. Only what computes is
+replaced: a folder of stub modules lies before the real package on its search path, and each notes its calls.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scspec.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+NOTE = """
+def note(text):
+    with open("calls.txt", "a") as file:
+        file.write(text + "\\n")
+"""
+STUBS = {
+    "__init__.py": f"__path__.append({str(REPOSITORY / 'scspec')!r})\n{NOTE}",
+    "run.py": """
+import os
+from scspec import note
+
+def run_cell(cell, output, *, threads):
+    note(cell.id)
+    if cell.id == os.environ.get("STUB_FAILS"):
+        raise RuntimeError("the stub was told to fail")
+    output.write_text(cell.to_json())
+""",
+    "models.py": """
+from scspec import note
+
+def fetch_model(name):
+    note(f"fetch {name}")
+    return {"name": name}
+""",
+    "report.py": """
+from scspec import note
+
+def build_report(cell_paths, plan, out_path):
+    note("report")
+    for suffix in (".html", ".csv", ".parquet"):
+        out_path.with_suffix(suffix).write_text(" ".join(map(str, cell_paths)))
+""",
+    "results.py": """
+def atomic_file(path):
+    return open(path, "wb")
+""",
+}
+CONFIG = {
+    "pairs": {
+        "tiny": {"target": {"model": "a/b"}, "draft": {"model": "a/b", "stoc_len": {"ratio": [0.75, 0.5]}}},
+    },
+    "stoc_len": [8],
+    "gamma": [2],
+    "prompt_file": "prompts.jsonl",
+    "controls": {"arms": ["float_float", "identity"]},
+}
+GRID = ["tiny/sc_sc/L8_d6_p8_g2_s0_n0", "tiny/sc_sc/L8_d4_p8_g2_s0_n0"]
+CONTROLS = ["tiny/float_float/Lf_df_pf_g2_s0_nf", "tiny/identity/L8_d8_p8_g2_s0_n0"]
+CELLS = [*GRID, *CONTROLS]
+
+
+class Workflow:
+    """A copy of the workflow in `folder`, which is made unless it is there already."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "Snakefile").exists():
+            self._make(folder)
+
+    def _make(self, folder: Path) -> None:
+        for name in ("workflow", "profiles"):
+            shutil.copytree(REPOSITORY / name, folder / name)
+        shutil.copy(REPOSITORY / "Snakefile", folder)
+        for name, text in STUBS.items():
+            (folder / "stubs" / "scspec" / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "stubs" / "scspec" / name).write_text(text)
+        (folder / "prompts.jsonl").write_text('{"id": "1", "prompt": "Hello"}\n')
+        self.configure()
+
+    def configure(self, comment: str = "", **changes: object) -> None:
+        """Write `config.yaml` with some settings changed."""
+        (self.folder / "config.yaml").write_text(comment + yaml.safe_dump({**CONFIG, **changes}))
+
+    def run(self, *arguments: str, status: int = 0, **environment: str) -> tuple[Counter, str]:
+        """Return what the stubs were called for and Snakemake's messages; `status` is the wanted exit status."""
+        calls = self.folder / "calls.txt"
+        calls.write_text("")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("SNAKEMAKE")}
+        paths = {"PYTHONPATH": str(self.folder / "stubs"), "XDG_CACHE_HOME": str(self.folder / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-m", "snakemake", "--cores", "2", *arguments],
+            cwd=self.folder,
+            env={**clean, **paths, **environment},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=120,
+        )
+        assert done.returncode == status, done.stdout
+        return Counter(calls.read_text().splitlines()), done.stdout
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Counter, str]:
+    """A folder in which everything was built once (not to be changed), the calls for it, and the messages."""
+    workflow = Workflow(tmp_path_factory.mktemp("first"))
+    return workflow.folder, *workflow.run()
+
+
+@pytest.fixture
+def built(first_run: tuple[Path, Counter, str], tmp_path: Path) -> Workflow:
+    """A copy of that folder, times included."""
+    shutil.copytree(first_run[0], tmp_path, dirs_exist_ok=True)
+    return Workflow(tmp_path)
+
+
+def test_a_first_run_builds_everything_once(first_run: tuple[Path, Counter, str]) -> None:
+    folder, calls, output = first_run
+    assert calls == Counter([*CELLS, "fetch a/b", "report"])
+    assert "profile profiles/default" in output
+    plan = json.loads((folder / "results" / "plan.json").read_text())
+    assert [cell["id"] for cell in plan["cells"]] == CELLS
+    paths = [f"results/cells/{cell}.parquet" for cell in CELLS]
+    for cell, path in zip(plan["cells"], paths, strict=True):
+        assert json.loads((folder / path).read_text()) == {k: v for k, v in cell.items() if k != "path"}
+        assert (folder / "results" / "logs" / f"{cell['id']}.log").exists()
+    assert (folder / "reports" / "index.html").read_text().split() == paths
+    assert json.loads((folder / "results" / "models" / "a--b.json").read_text()) == {"name": "a/b"}
+
+
+def test_comments_and_the_thread_count_rerun_no_cell(built: Workflow) -> None:
+    built.configure(comment="# another comment\n")
+    calls, output = built.run()
+    assert not calls
+    assert "Nothing to be done" in output
+    built.configure(threads_per_cell=2)
+    assert built.run()[0] == Counter(["report"])  # it shows the settings
+
+
+def test_a_deleted_cell_and_a_forced_cell_run_alone_with_the_report(built: Workflow) -> None:
+    (built.folder / "results" / "cells" / f"{GRID[1]}.parquet").unlink()
+    assert built.run()[0] == Counter([GRID[1], "report"])
+    assert built.run("-R", f"results/cells/{GRID[0]}.parquet")[0] == Counter([GRID[0], "report"])
+
+
+def test_a_model_fetched_again_reruns_no_cell(built: Workflow) -> None:
+    assert built.run("-R", "fetch_model")[0] == Counter(["fetch a/b"])
+    assert not built.run()[0]
+
+
+def test_a_value_more_on_an_axis_runs_the_new_cells_only(built: Workflow) -> None:
+    built.configure(gamma=[2, 4])
+    assert built.run()[0] == Counter([*(cell.replace("_g2_", "_g4_") for cell in CELLS), "report"])
+    built.configure(gamma=[2])
+    assert built.run()[0] == Counter(["report"])
+
+
+def test_an_edited_prompt_file_reruns_every_cell(built: Workflow) -> None:
+    (built.folder / "prompts.jsonl").write_text('{"id": "1", "prompt": "Goodbye"}\n')
+    assert built.run()[0] == Counter([*CELLS, "report"])
+
+
+def test_strings_of_the_command_line_are_what_they_spell(built: Workflow) -> None:
+    calls, output = built.run("--config", "gamma=[2]", "stoc_len=[8]")  # as in the file
+    assert not calls
+    assert "Nothing to be done" in output
+    overlay = built.folder / "overlay.yaml"
+    overlay.write_text("controls: {enabled: false}\n")
+    calls, _ = built.run("--configfile", str(overlay), "--config", "gamma=[4]")
+    assert calls == Counter([*(cell.replace("_g2_", "_g4_") for cell in GRID), "report"])
+    settings = json.loads((built.folder / "results" / "plan.json").read_text())["settings"]
+    assert settings["gamma"] == [4]  # the plan is written by a nested snakemake, which must see the overrides
+    assert settings["controls"]["enabled"] is False
+
+
+def test_invalid_combinations_are_listed_once_and_not_run(built: Workflow) -> None:
+    calls, output = built.run("--config", "stoc_len=[8,10]")
+    assert set(calls) == {"tiny/identity/L10_d10_p8_g2_s0_n0", "tiny/sc_sc/L10_d5_p8_g2_s0_n0", "report"}
+    assert output.count("draft stoc_len 7.5 is not a whole number") == 1
+    assert json.loads((built.folder / "results" / "plan.json").read_text())["invalid"][0]["draft_stoc_len"] == 7.5
+
+
+def test_a_failed_cell_stops_no_other_and_its_log_is_named(built: Workflow) -> None:
+    shutil.rmtree(built.folder / "results" / "cells")
+    calls, output = built.run("--jobs", "1", status=1, STUB_FAILS=GRID[0])
+    assert calls == Counter(CELLS)  # and no report
+    assert f"results/logs/{GRID[0]}.log" in output
+    assert "RuntimeError: the stub was told to fail" in output  # the log itself, with its traceback
+    assert built.run()[0] == Counter([GRID[0], "report"])
+
+
+def test_a_mistyped_setting_stops_the_run_with_a_hint(built: Workflow) -> None:
+    calls, output = built.run("--config", "gama=[2]", status=1)
+    assert not calls
+    assert "config: unknown key 'gama' (did you mean 'gamma'?)" in output
+
+
+def test_the_default_experiment_plans_28_cells(built: Workflow) -> None:
+    shutil.copy(REPOSITORY / "config.yaml", built.folder)
+    shutil.copytree(REPOSITORY / "prompts", built.folder / "prompts")
+    _, output = built.run("--dry-run", "--quiet", "rules")
+    assert ["cell", "28"] in [line.split() for line in output.splitlines()]
+
+
+def test_the_command_line_lists_the_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert main(["plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "smollm2-shorter/sc_sc/L128_d112_p8_g2_s0_n0"
+    assert lines[28:] == ["28 cells, 0 invalid combinations"]
+
+
+def test_the_users_mistakes_are_one_line_and_our_own_a_traceback(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert main(["plan", "--configfile", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err == f"scspec: error: config file {tmp_path}/none.yaml does not exist\n"
+    (tmp_path / "bad.yaml").write_text("gama: 1")
+    assert main(["plan", "--configfile", str(tmp_path / "bad.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("scspec: error: config: unknown key 'gama'")
+    (tmp_path / "plan.json").write_text('{"cells": [{"path": "none"}]}')
+    assert main(["report", "--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path / "index.html")]) == 2
+    assert "none of the 1 cells of" in capsys.readouterr().err
+    monkeypatch.setattr("scspec.config.load_experiment", lambda mapping: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["plan", "--configfile", str(tmp_path / "bad.yaml")])

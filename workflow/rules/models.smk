@@ -1,0 +1,17 @@
+# Models are fetched by a local step, so that compute nodes need no network.
+
+
+wildcard_constraints:
+    model="[^/]+",
+
+
+rule fetch_model:
+    output:
+        "results/models/{model}.json",
+    log:
+        "results/logs/models/{model}.log",
+    localrule: True
+    params:
+        name=lambda wildcards: MODELS[wildcards.model],
+    shell:
+        "{PYTHON:q} -m scspec fetch {params.name:q} --manifest {output:q} > {log:q} 2>&1"
