@@ -4,10 +4,11 @@
 
 Correctness first: the pass is compared bit for bit with the same tokens fed one by one. Then, alternating in one run,
 medians of:
-    pass            a forward of 5 new tokens at 64..., everything included
-    look-up loop    only `look_up`: each weight byte of every SC linear layer looked up once per group of four rows
-    counts          `unit_sums`: the same with the tables it needs
-    float32         the plain Hugging Face model's forward of 5 new tokens at the same length (sdpa, DynamicCache)
+    pass              a forward of 5 new tokens at 64..., everything included
+    look-ups, plain   `look_up` alone: each weight byte of every SC linear layer, once per group of four rows
+    look-ups, hinted  the same loop as the engine runs it, told which words come next
+    counts            `run_sums`: the hinted loop with the tables it needs
+    float32           the plain Hugging Face model's forward of 5 new tokens at the same length (sdpa, DynamicCache)
 Every pass takes other tokens, and all 106 M weights pass through the caches between two uses of one.
 """
 
@@ -30,32 +31,33 @@ ROWS, CONTEXT, STOC_LEN = 5, 64, 128
 
 
 @numba.njit(parallel=True, cache=True)
-def look_up_layer(tables, words, groups, out):
-    """Look up every word of one layer once per group of rows: the innermost loop and nothing else."""
-    units = words.shape[0] // 8
-    for item in numba.prange(groups * units):
-        for block in range(8):
-            cpu.look_up(tables, words[(item % units) * 8 + block], out[item])
+def look_up_layer(tables, words, ahead, out):
+    """Look up every word of one layer, once for each group of rows in out int64 (groups, runs, M)."""
+    runs = out.shape[1]
+    for item in numba.prange(out.shape[0] * runs):
+        first = item % runs * cpu.RUN
+        for word in range(first, min(first + cpu.RUN, words.shape[0])):
+            coming = words[min(word + ahead, words.shape[0] - 1)]
+            cpu.look_up(tables, words[word], coming, out[item // runs, item % runs])
 
 
 def prepared_layers(model, rows: int):
-    """Return [(PackedWeight, signed ones, output buffer)] of every SC linear layer, for `rows` random rows."""
-    spec, layers = stream_spec(model.sc_knobs), []
+    """Return [(PackedWeight, signed ones, output buffer)] of every packed weight of SC linears, for random rows."""
+    ones_of, layers = ones_table(stream_spec(model.sc_knobs)), {}
     for module in model.modules():
-        if isinstance(module, SCLinear) and module.switch == "use_sc_linear":
-            weight = module._prepared
-            x = torch.randn(rows, weight.depth).numpy()
-            ones, _ = cpu.encode_rows(x, ones_table(spec), weight.chunk_d, weight.units_per_chunk)
-            out = torch.zeros(ones.shape[0] * weight.words.shape[0] // 8, weight.words.shape[1], dtype=torch.int64)
-            layers.append((weight, ones, out.numpy()))
-    return layers, count_table(spec)
+        if isinstance(module, SCLinear) and module.switch == "use_sc_linear" and module.shared not in layers:
+            weight = module.shared.packed
+            words, columns = weight.words.shape
+            ones, _ = cpu.encode_rows(torch.randn(rows, weight.depth).numpy(), ones_of, weight.chunk_d, words)
+            out = torch.zeros(ones.shape[0], -(-words // cpu.RUN), columns, dtype=torch.int64).numpy()
+            layers[module.shared] = weight, ones, out
+    return list(layers.values())
 
 
 def measurements(model, plain, tokens):
     """Return {name: a function to time}; each call takes the next 5 of `tokens`."""
-    layers, counts_of = prepared_layers(model, ROWS)
+    layers, counts_of = prepared_layers(model, ROWS), count_table(stream_spec(model.sc_knobs))
     tables = torch.randint(-9, 9, (8, 256)).numpy()
-    groups = -(-ROWS // cpu.ROWS)
     cache = model.new_kv_cache(1, CONTEXT + ROWS)
     model(input_ids=tokens[:, :CONTEXT], kv_cache=cache)
     plain_cache = DynamicCache(config=plain.config)
@@ -70,15 +72,21 @@ def measurements(model, plain, tokens):
         plain(input_ids=next(fresh), past_key_values=plain_cache)
         plain_cache.crop(-ROWS)
 
-    def loop():
+    def loop(ahead):
         for weight, _, out in layers:
-            look_up_layer(tables, weight.words, groups, out)
+            look_up_layer(tables, weight.words, ahead, out)
 
     def counts():
         for weight, ones, _ in layers:
-            cpu.unit_sums(ones, weight.words, counts_of, weight.units_per_chunk)
+            cpu.run_sums(ones, ROWS, weight.words, counts_of, -(-weight.chunk_d // 8))
 
-    return {"pass": sc_pass, "look-up loop": loop, "counts": counts, "float32": float_pass}
+    return {
+        "pass": sc_pass,
+        "look-ups, plain": lambda: loop(0),
+        "look-ups, hinted": lambda: loop(1),
+        "counts": counts,
+        "float32": float_pass,
+    }
 
 
 def check(model, tokens) -> None:
@@ -117,9 +125,9 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in times.items()}
     for name, seconds in median.items():
         spread = f"{min(times[name]) * 1e3:.1f} to {max(times[name]) * 1e3:.1f}"
-        print(f"{name:13} {seconds * 1e3:7.1f} ms ({spread})  {ROWS / seconds:7.1f} rows/s")
-    print(f"speed of the pass / speed the look-up loop alone allows: {median['look-up loop'] / median['pass']:.2f}")
-    print(f"speed of the pass / speed the counts alone allow:        {median['counts'] / median['pass']:.2f}")
+        print(f"{name:17} {seconds * 1e3:7.1f} ms ({spread})  {ROWS / seconds:7.1f} rows/s")
+    for name in ("look-ups, plain", "look-ups, hinted", "counts"):
+        print(f"speed of the pass / speed that the {name} alone allow: {median[name] / median['pass']:.2f}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from scspec.invariant import cpu as invariant
 from scspec.sc.attention import sc_attention
 from scspec.sc.cpu_attention import EncodedKV, attend
 from scspec.sc.encoding import GRANULARITIES
-from scspec.sc.linear import SCLinear, stream_spec
+from scspec.sc.linear import SCLinear, SharedInput, stream_spec
 from scspec.sc.matmul import resolve_backend
 
 #: Every knob and its default. `sc_stoc_len` None: 2**(sc_prec - 1) with halving in bipolar mode, else 2**sc_prec.
@@ -152,6 +152,9 @@ def _replace_leaves(model: PreTrainedModel) -> list[SCLinear]:
                 raise ValueError(f"module {path} ({type(module).__name__}): has no batch-invariant version")
     if not linears:
         raise ValueError(f"model class {type(model).__name__}: no linear layer found to replace")
+    for layer in model.model.layers:
+        SharedInput.join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
+        SharedInput.join([layer.mlp.gate_proj, layer.mlp.up_proj])
     return linears
 
 

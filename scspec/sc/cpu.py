@@ -2,8 +2,8 @@
 
 For a fixed row of `a` and dimension d the gate's K is fixed, so a signed count is a function of the other operand's
 code byte alone: a table of 256 entries. Four rows share one look-up: their signed counts are packed in one int64 as
-four 16-bit fields that are summed as plain integers. A field holds a sum over UNIT = 64 dimensions
-(|sum| <= 64 * 256 = 16384 < 2**15); fields are recovered low to high by sign extension.
+four 16-bit fields that are summed as plain integers. A field holds a sum over at most RUN = 8 words, 64 dimensions
+(|sum| <= 64 * 256 = 16384 < 2**15); every sum starts at 2**15 in each field, so that none ever borrows from the next.
 
 Code bytes: bipolar = sign bit 7 | magnitude, unipolar = magnitude. Eight dimensions of one row of `b` lie in one uint64
 word, so that a pass over the rows reads words in order and keeps its eight tables (16 KB) in the L1 cache.
@@ -15,20 +15,24 @@ import numba as nb
 import numpy as np
 import torch
 
+from scspec.sc.cpu_prefetch import prefetch
 from scspec.sc.encoding import SCALE_FLOOR, Encoded
 from scspec.sc.streams import StreamSpec, count_table, ones_table
 
 NAME = "cpu"
-UNIT = 64
 ROWS = 4
+RUN = 8
+_WIDTH = 256  # columns that one task rescales: its sums stay in the L1 cache
 _JIT = {"cache": True, "nogil": True}
+#: An empty packed sum: 2**15 in each field (as int64).
+EMPTY = np.array(0x8000_8000_8000_8000, np.uint64).astype(np.int64)[()]
 
 
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight (M, D), quantised per row and chunk, as the look-up kernel reads it.
 
-    words: uint64 (units * 8, M); a chunk's D is padded to whole units with code 0, which counts nothing.
+    words: uint64 (sum over chunks of ceil(D_c / 8), M); code 0, which counts nothing, fills up a chunk's last word.
     scale: float32 (chunks, M).  depth: D.  chunk_d: dimensions of a chunk (D itself when not chunked).
     """
 
@@ -37,37 +41,29 @@ class PackedWeight:
     depth: int
     chunk_d: int
 
-    @property
-    def units_per_chunk(self) -> int:
-        return -(-self.chunk_d // UNIT)
-
 
 def pack(chunks: list[Encoded], chunk_d: int) -> PackedWeight:
     """Return bipolar codes (one Encoded (M, D_c) per chunk, in order) packed for `linear`."""
     depth = sum(chunk.codes.shape[1] for chunk in chunks)
-    width = -(-chunk_d // UNIT) * UNIT
-    words = [_pack_words(_code_bytes(chunk.codes.numpy(), bipolar=True), width) for chunk in chunks]
+    words = np.concatenate([_pack_words(_code_bytes(chunk.codes.numpy(), bipolar=True)) for chunk in chunks])
     scale = np.stack([chunk.scale.numpy()[:, 0] for chunk in chunks])
-    return PackedWeight(np.ascontiguousarray(np.concatenate(words)), np.ascontiguousarray(scale), depth, chunk_d)
+    return PackedWeight(np.ascontiguousarray(words), np.ascontiguousarray(scale), depth, chunk_d)
 
 
 def counts(a_codes: torch.Tensor, b_codes: torch.Tensor, spec: StreamSpec) -> torch.Tensor:
     """Return sum over d of sign_a sign_b count: codes (N, D), (M, D) int16 -> int32 (N, M)."""
-    bipolar = spec.mode == "bipolar"
-    depth = a_codes.shape[1]
-    width = -(-depth // UNIT) * UNIT
-    words = _pack_words(_code_bytes(b_codes.contiguous().numpy(), bipolar), width)
-    ones = _signed_ones(a_codes.contiguous().numpy(), ones_table(spec), width)
-    sums = unit_sums(ones, words, count_table(spec), width // UNIT)
-    return torch.from_numpy(_unpack_total(sums, a_codes.shape[0]))
+    words = _pack_words(_code_bytes(b_codes.contiguous().numpy(), spec.mode == "bipolar"))
+    ones = _signed_ones(a_codes.contiguous().numpy(), ones_table(spec), words.shape[0] * 8)
+    rows = a_codes.shape[0]
+    sums = run_sums(ones, rows, words, count_table(spec), words.shape[0])
+    return torch.from_numpy(_unpack_total(sums, rows))
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, spec: StreamSpec) -> torch.Tensor:
     """Return x @ weight.T, float32 (N, D) -> (N, M): `sc_matmul` per_row, bipolar, chunked, bit for bit."""
-    ones, scale = encode_rows(x.numpy(), ones_table(spec), weight.chunk_d, weight.units_per_chunk)
-    sums = unit_sums(ones, weight.words, count_table(spec), weight.units_per_chunk)
     factor = np.float32(spec.max_code**2 / spec.stoc_len)
-    return torch.from_numpy(_rescale(sums, scale, weight.scale, weight.units_per_chunk, factor))
+    tables = ones_table(spec), count_table(spec)
+    return torch.from_numpy(_linear(x.numpy(), weight.words, weight.scale, weight.chunk_d, *tables, factor))
 
 
 def _code_bytes(codes: np.ndarray, bipolar: bool) -> np.ndarray:
@@ -75,9 +71,9 @@ def _code_bytes(codes: np.ndarray, bipolar: bool) -> np.ndarray:
     return magnitude | ((codes < 0).astype(np.uint8) << 7) if bipolar else magnitude
 
 
-def _pack_words(code_bytes: np.ndarray, width: int) -> np.ndarray:
-    """Return bytes (M, D) zero-padded to (M, width) as little-endian words (width / 8, M)."""
-    padded = np.zeros((code_bytes.shape[0], width), dtype=np.uint8)
+def _pack_words(code_bytes: np.ndarray) -> np.ndarray:
+    """Return bytes (M, D), zero-padded to whole words, as little-endian words (ceil(D / 8), M)."""
+    padded = np.zeros((code_bytes.shape[0], -(-code_bytes.shape[1] // 8) * 8), dtype=np.uint8)
     padded[:, : code_bytes.shape[1]] = code_bytes
     return np.ascontiguousarray(padded.view("<u8").T)
 
@@ -102,21 +98,27 @@ def clip_code(value, max_code):
 @nb.njit(**_JIT)
 def quantise(x, scale, max_code, table, out):
     """Write the signed ones of x (float32 (D,)) into out int16 (D,); `scale` is the scope's. IEEE float32."""
+    codes = np.empty(x.shape[0], np.int16)
+    for d in range(x.shape[0]):  # two loops: this one vectorises
+        codes[d] = np.int16(clip_code(x[d] / scale, max_code))
     base = table.shape[0]
-    for d in range(x.shape[0]):
-        code = clip_code(x[d] / scale, max_code)
-        ones = table[d % base, int(abs(code))]
-        out[d] = -ones if code < 0 else ones
+    for first in range(0, x.shape[0], base):
+        for d in range(first, min(first + base, x.shape[0])):
+            ones = table[d - first, abs(np.int64(codes[d]))]
+            out[d] = -ones if codes[d] < 0 else ones
 
 
 @nb.njit(**_JIT)
 def magnitude_peak(x):
     """Return max |x|, NaN if any is NaN: magnitudes order like their bits, and a NaN's lie above infinity's."""
     bits = x.view(np.int32)
-    peak = np.zeros(1, np.int32)
+    peak = np.int32(0)
     for d in range(x.shape[0]):
-        peak[0] = max(peak[0], bits[d] & np.int32(0x7FFFFFFF))
-    return peak.view(np.float32)[0]
+        magnitude = np.int32(bits[d] & np.int32(0x7FFFFFFF))
+        peak = magnitude if magnitude > peak else peak
+    found = np.empty(1, np.int32)
+    found[0] = peak
+    return found.view(np.float32)[0]
 
 
 @nb.njit(**_JIT)
@@ -126,54 +128,68 @@ def row_scale(x, max_code):
     return (np.float32(SCALE_FLOOR) if peak < np.float32(SCALE_FLOOR) else peak) / max_code
 
 
+@nb.njit(parallel=True, **_JIT)
+def _linear(x, words, scale_b, chunk_d, ones_of, counts_of, factor):
+    """Return float32 (N, M): encode, count, rescale. One compiled call: a dispatch costs as much as a short row."""
+    chunk_words = -(-chunk_d // 8)
+    ones, scale_a = encode_rows(x, ones_of, chunk_d, words.shape[0])
+    sums = run_sums(ones, x.shape[0], words, counts_of, chunk_words)
+    chunk_runs = -(-chunk_words // RUN)
+    rows, columns = x.shape[0], words.shape[1]
+    out = np.empty((rows, columns), np.float32)
+    blocks = -(-columns // _WIDTH)
+    for item in nb.prange(rows * blocks):
+        n, first = item // blocks, item % blocks * _WIDTH
+        last = min(first + _WIDTH, columns)
+        _rescale(sums[n // ROWS], n % ROWS, scale_a[n], scale_b, first, last, chunk_runs, out[n, first:last])
+        out[n, first:last] *= factor
+    return out
+
+
 @nb.njit(**_JIT)
-def encode_rows(x, table, chunk_d, units_per_chunk):
-    """Return (signed ones int16 (groups, units * UNIT, ROWS), scales float32 (N, chunks)) of x float32 (N, D)."""
+def encode_rows(x, table, chunk_d, words):
+    """Return (signed ones int16 (groups, words * 8, ROWS), scales float32 (N, chunks)) of x float32 (N, D)."""
     rows, depth = x.shape
-    chunks = -(-depth // chunk_d)
+    chunks, step = -(-depth // chunk_d), -(-chunk_d // 8) * 8
     max_code = np.float32(table.shape[1] - 1)
-    ones = np.zeros((-(-rows // ROWS), chunks * units_per_chunk * UNIT, ROWS), np.int16)
+    ones = np.zeros((-(-rows // ROWS), words * 8, ROWS), np.int16)
     scale = np.empty((rows, chunks), np.float32)
     for n in range(rows):
         for c in range(chunks):
             piece = x[n, c * chunk_d : min((c + 1) * chunk_d, depth)]
             scale[n, c] = row_scale(piece, max_code)
-            start = c * units_per_chunk * UNIT
-            out = ones[n // ROWS, start : start + piece.shape[0], n % ROWS]
+            out = ones[n // ROWS, c * step : c * step + piece.shape[0], n % ROWS]
             quantise(piece, scale[n, c], max_code, table, out)
     return ones, scale
 
 
 @nb.njit(**_JIT)
-def build_tables(ones, first_dim, counts_of, tables):
+def build_tables(ones, used, first_dim, counts_of, tables):
     """Fill tables int64 (8, 256) with the packed signed counts of 8 dimensions, ones int16 (8, ROWS).
 
-    Returns False, with the tables left as they were, if no row has a one in any of the dimensions.
+    Only the first `used` rows may have ones: a lone row, as in every draft step, takes a third of the time.
     """
-    busy = False
-    for i in range(8):
-        for r in range(ROWS):
-            busy |= ones[i, r] != 0
-    if not busy:
-        return False
     base, codes = counts_of.shape[0], counts_of.shape[2]
     for i in range(8):
         of_dim = counts_of[(first_dim + i) % base]
         k0, k1, k2, k3 = ones[i, 0], ones[i, 1], ones[i, 2], ones[i, 3]
-        c0, c1, c2, c3 = of_dim[abs(k0)], of_dim[abs(k1)], of_dim[abs(k2)], of_dim[abs(k3)]
         s0, s1 = np.int64(1 if k0 >= 0 else -1), np.int64(1 if k1 >= 0 else -1)
         s2, s3 = np.int64(1 if k2 >= 0 else -1), np.int64(1 if k3 >= 0 else -1)
-        for j in range(codes):
-            tables[i, j] = s0 * c0[j] + ((s1 * c1[j]) << 16) + ((s2 * c2[j]) << 32) + ((s3 * c3[j]) << 48)
+        c0, c1, c2, c3 = of_dim[abs(k0)], of_dim[abs(k1)], of_dim[abs(k2)], of_dim[abs(k3)]
+        if used == 1:
+            for j in range(codes):
+                tables[i, j] = s0 * c0[j]
+        else:
+            for j in range(codes):
+                tables[i, j] = s0 * c0[j] + ((s1 * c1[j]) << 16) + ((s2 * c2[j]) << 32) + ((s3 * c3[j]) << 48)
         if codes <= 128:
             for j in range(codes):
                 tables[i, 128 + j] = -tables[i, j]
-    return True
 
 
 @nb.njit(**_JIT)
-def look_up(tables, words, out):
-    """Add to out int64 (M,) the eight look-ups of each word of words uint64 (M,)."""
+def look_up(tables, words, ahead, out):
+    """Add to out int64 (M,) the eight look-ups of each word of words uint64 (M,); `ahead` are the words read next."""
     byte = np.uint64(255)
     for m in range(words.shape[0]):
         w = words[m]
@@ -187,64 +203,63 @@ def look_up(tables, words, out):
             + tables[6, (w >> np.uint64(48)) & byte]
             + tables[7, w >> np.uint64(56)]
         )
+        if m % 8 == 0:
+            prefetch(ahead, m)
 
 
 @nb.njit(parallel=True, **_JIT)
-def unit_sums(ones, words, counts_of, units_per_chunk):
-    """Return the packed sums of every unit, int64 (groups, units, M). Parallel over (group, unit): no thread adds to
-    another's sum, and integers make the order irrelevant."""
-    groups, units, columns = ones.shape[0], words.shape[0] // 8, words.shape[1]
-    out = np.zeros((groups, units, columns), np.int64)
-    for item in nb.prange(groups * units):
-        group, unit = item // units, item % units
+def run_sums(ones, rows, words, counts_of, chunk_words):
+    """Return the packed sums of every run, int64 (groups, runs, M); a run is at most RUN words of one chunk.
+
+    Parallel over (group, run): no thread adds to another's sum, and integers make the order irrelevant.
+    """
+    groups, columns = ones.shape[0], words.shape[1]
+    chunk_runs = -(-chunk_words // RUN)
+    whole, rest = words.shape[0] // chunk_words, words.shape[0] % chunk_words
+    runs = whole * chunk_runs + -(-rest // RUN)
+    out = np.empty((groups, runs, columns), np.int64)
+    for item in nb.prange(groups * runs):
+        group, run = item // runs, item % runs
+        chunk_start = run // chunk_runs * chunk_words
+        first = chunk_start + run % chunk_runs * RUN
+        last = min(first + RUN, chunk_start + chunk_words, words.shape[0])
         tables = np.empty((8, 256), np.int64)
-        for block in range(8):
-            start = unit * UNIT + block * 8
-            first_dim = (unit % units_per_chunk) * UNIT + block * 8
-            if build_tables(ones[group, start : start + 8], first_dim, counts_of, tables):
-                look_up(tables, words[unit * 8 + block], out[group, unit])
+        out[group, run] = EMPTY
+        for word in range(first, last):
+            eight = ones[group, word * 8 : word * 8 + 8]
+            build_tables(eight, min(ROWS, rows - group * ROWS), (word - chunk_start) * 8, counts_of, tables)
+            look_up(tables, words[word], words[min(word + 1, words.shape[0] - 1)], out[group, run])
     return out
 
 
 @nb.njit(**_JIT)
-def add_fields(packed, out):
-    """Add the four 16-bit fields of packed int64 (M,) to out int32 (ROWS, M)."""
+def add_field(packed, r, out):
+    """Add field r of packed int64 (M,), sums that started as EMPTY, to out int32 (M,)."""
     for m in range(packed.shape[0]):
-        rest = packed[m]
-        for r in range(ROWS):
-            field = np.int64(np.int16(rest))
-            out[r, m] += np.int32(field)
-            rest = (rest - field) >> 16
+        out[m] += np.int32((packed[m] >> (16 * r)) & 0xFFFF) - np.int32(0x8000)
 
 
-@nb.njit(parallel=True, **_JIT)
-def _rescale(sums, scale_a, scale_b, units_per_chunk, factor):
-    """Return float32 (N, M): sum over chunks, in order, of (s_a s_b) * count sum; times factor."""
-    rows, columns = scale_a.shape[0], scale_b.shape[1]
-    out = np.empty((rows, columns), np.float32)
-    blocks = -(-columns // 256)
-    for item in nb.prange(sums.shape[0] * blocks):
-        group, first = item // blocks, (item % blocks) * 256
-        last = min(first + 256, columns)
-        total = np.zeros((ROWS, last - first), np.float32)
-        for c in range(scale_b.shape[0]):
-            part = np.zeros((ROWS, last - first), np.int32)
-            for u in range(c * units_per_chunk, (c + 1) * units_per_chunk):
-                add_fields(sums[group, u, first:last], part)
-            for r in range(min(ROWS, rows - group * ROWS)):
-                s = scale_a[group * ROWS + r, c]
-                for m in range(last - first):
-                    total[r, m] += (s * scale_b[c, first + m]) * np.float32(part[r, m])
-        for r in range(min(ROWS, rows - group * ROWS)):
-            for m in range(last - first):
-                out[group * ROWS + r, first + m] = total[r, m] * factor
-    return out
+@nb.njit(**_JIT)
+def _rescale(sums, r, scale_a, scale_b, first, last, chunk_runs, out):
+    """Write columns first..last-1 of a row, float32 (M,): sum over chunks, in order, of (s_a s_b) * count sum.
+
+    sums: packed int64 (runs, columns), the row's in field r.  scale_a: (chunks,).  scale_b: (chunks, columns).
+    """
+    out[:] = 0.0
+    part = np.empty(last - first, np.int32)
+    for c in range(scale_b.shape[0]):
+        part[:] = 0
+        for run in range(c * chunk_runs, min((c + 1) * chunk_runs, sums.shape[0])):
+            add_field(sums[run, first:last], r, part)
+        scale = scale_b[c, first:last]
+        for m in range(part.shape[0]):
+            out[m] += (scale_a[c] * scale[m]) * np.float32(part[m])
 
 
 def _unpack_total(sums: np.ndarray, rows: int) -> np.ndarray:
-    """Return packed unit sums (groups, units, M) as totals int32 (rows, M)."""
-    out = np.zeros((sums.shape[0], ROWS, sums.shape[2]), np.int32)
-    for group in range(sums.shape[0]):
-        for unit in range(sums.shape[1]):
-            add_fields(sums[group, unit], out[group])
-    return out.reshape(-1, sums.shape[2])[:rows]
+    """Return packed sums (groups, runs, M) as totals int32 (rows, M)."""
+    out = np.zeros((rows, sums.shape[2]), np.int32)
+    for n in range(rows):
+        for run in sums[n // ROWS]:
+            add_field(run, n % ROWS, out[n])
+    return out

@@ -13,9 +13,10 @@ import torch
 from scspec.invariant.cpu import softmax_into
 from scspec.sc.cpu import (
     _JIT,
+    EMPTY,
     ROWS,
-    UNIT,
-    add_fields,
+    RUN,
+    add_field,
     build_tables,
     clip_code,
     look_up,
@@ -169,13 +170,16 @@ def _encode_probabilities(scores, v_scale, ones_of, ones):
 def _block_sums(ones, words, columns, counts_of):
     """Return the count sums int32 (ROWS, columns) of ones int16 (8 * blocks, ROWS) with words (blocks, columns ...)."""
     sums = np.zeros((ROWS, columns), np.int32)
-    packed = np.zeros(columns, np.int64)
+    packed = np.full(columns, EMPTY)
     tables = np.empty((8, 256), np.int64)
     blocks = ones.shape[0] // 8
     for block in range(blocks):
-        if build_tables(ones[block * 8 : block * 8 + 8], block * 8, counts_of, tables):
-            look_up(tables, words[block, :columns], packed)
-        if block % (UNIT // 8) == UNIT // 8 - 1 or block == blocks - 1:
-            add_fields(packed, sums)
-            packed[:] = 0
+        eight = ones[block * 8 : block * 8 + 8]
+        if eight.any():  # most keys far back have no ones at all
+            build_tables(eight, ROWS, block * 8, counts_of, tables)
+            look_up(tables, words[block, :columns], words[min(block + 1, blocks - 1)], packed)
+        if block % RUN == RUN - 1 or block == blocks - 1:
+            for r in range(ROWS):
+                add_field(packed, r, sums[r])
+            packed[:] = EMPTY
     return sums

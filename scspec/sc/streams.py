@@ -163,13 +163,14 @@ def ones_table(spec: StreamSpec) -> np.ndarray:
 
 @lru_cache(maxsize=8)
 def count_table(spec: StreamSpec) -> np.ndarray:
-    """Return C[d, K, j] = #{t < K : rb[d, t] < B(j)}: counts, int16 (base, stoc_len + 1, q + 1), read-only.
+    """Return C[d, K, j] = #{t < K : rb[d, t] < B(j)}: counts (base, stoc_len + 1, q + 1), read-only.
 
-    Size at sc_prec 8, bipolar, stoc_len 128: 8.5 MB.
+    uint8 where stoc_len fits (4.2 MB at sc_prec 8, bipolar, stoc_len 128: caches decide its speed), else uint16.
     """
-    table = np.zeros((spec.base, spec.stoc_len + 1, spec.max_code + 1), dtype=np.int16)
+    dtype = np.uint8 if spec.stoc_len < 256 else np.uint16
+    table = np.zeros((spec.base, spec.stoc_len + 1, spec.max_code + 1), dtype=dtype)
     hits = stream_levels("b", spec)[:, :, None] < boundaries(spec)[None, None, :]
-    np.cumsum(hits, axis=1, dtype=np.int16, out=table[:, 1:])
+    np.cumsum(hits, axis=1, dtype=dtype, out=table[:, 1:])
     return _frozen(table)
 
 
