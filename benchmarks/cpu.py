@@ -24,7 +24,8 @@ from transformers.cache_utils import DynamicCache
 from scspec.models import load_model, local_folder
 from scspec.provenance import device_name, versions
 from scspec.sc import cpu
-from scspec.sc.linear import SCLinear, stream_spec
+from scspec.sc.knobs import stream_spec
+from scspec.sc.linear import SCLinear
 from scspec.sc.streams import count_table, ones_table
 
 ROWS, CONTEXT, STOC_LEN = 5, 64, 128

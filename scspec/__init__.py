@@ -21,7 +21,7 @@ from importlib import import_module
 
 _PUBLIC = {
     "sc_matmul": "scspec.sc.matmul",
-    "SC_CONFIG_DEFAULTS": "scspec.patching",
+    "SC_CONFIG_DEFAULTS": "scspec.sc.knobs",
     "patch_model": "scspec.patching",
     "load_model": "scspec.models",
     "load_spec_models": "scspec.models",

@@ -4,7 +4,7 @@ A cell's JSON line says everything `run_cell` needs and nothing else, because Sn
 stale: settings of the report and of the machine (thread count) are not in it. A cell depends on its own point of the
 grid only, so adding a value to an axis leaves the ids and JSON lines of all other cells as they are.
 
-Not covered: running a cell (`scspec.run`). Imports neither torch nor numpy.
+Not covered: running a cell (`scspec.run`). Imports no torch.
 """
 
 import hashlib
@@ -65,7 +65,6 @@ class Cell:
     device: str
     dtype: str
     backend: str
-    demonstration: bool
 
     def to_json(self) -> str:
         """Return the one canonical line: sorted keys, no spaces, ASCII."""
@@ -271,7 +270,6 @@ def _cell(
         device=experiment.device,
         dtype=pair.dtype,
         backend=experiment.backend,
-        demonstration=experiment.demonstration,
     )
 
 

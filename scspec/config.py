@@ -4,8 +4,7 @@
 to this file: scspec runs from its repository (a clone or an editable install), which holds the Snakefile and the
 prompts too, so packaging a second copy would only make two that can differ.
 
-Not covered: which combinations of the grid can exist (`scspec.cells`), and whether a model accepts an SC knob's
-value (`scspec.patching`). Imports neither torch nor numpy.
+Not covered: which combinations of the grid can exist (`scspec.cells`). Imports no torch.
 """
 
 import difflib
@@ -19,6 +18,8 @@ from typing import Any
 
 import jsonschema
 import yaml
+
+from scspec.sc.knobs import resolve_knobs
 
 SCHEMA_PATH = Path(__file__).resolve().parents[1] / "workflow" / "config.schema.yaml"
 
@@ -232,14 +233,21 @@ def _check_across(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"sampling_seed: {seeds} repeats the same tokens with sampling.do_sample: false; allowed: one seed"
         )
-    if settings["device"] != "cpu" and settings["backend"] == "cpu":
-        raise ValueError(
-            f"backend: 'cpu' is not allowed with device: {settings['device']!r}; allowed: reference, or device: cpu"
-        )
+    for name, pair in settings["pairs"].items():
+        dtype = pair["dtype"] or settings["dtype"]
+        if pair["enabled"] and dtype != "float32":
+            raise ValueError(
+                f"pairs.{name}: dtype {dtype!r} is not allowed with device: {settings['device']!r}; allowed: float32"
+            )
 
 
 def _pair(name: str, pair: Mapping[str, Any], dtype: str) -> Pair:
-    """Return a checked pair; `dtype` is the experiment's."""
+    """Return a checked pair; `dtype` is the experiment's. Raises `ValueError` for SC knobs that do not go together."""
+    for side in ("target", "draft"):
+        try:
+            resolve_knobs(pair[side]["sc"])
+        except ValueError as error:
+            raise ValueError(f"pairs.{name}.{side}.sc: {error}") from None
     length = pair["draft"]["stoc_len"]
     if length == "same":
         length = {"ratio": 1.0}

@@ -19,8 +19,9 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from scspec.patching import patch_model, resolve_knobs
+from scspec.patching import patch_model
 from scspec.provenance import sha256_of
+from scspec.sc.knobs import resolve_knobs
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def load_model(
     """Return one patched model instance, ready for decoding.
 
     name: alias, folder or Hugging Face id.  dtype, device: float32 on "cpu".  sc_overrides: knobs or a preset
-    (`patching.SC_CONFIG_DEFAULTS`, `PRESETS`).  skip_layers: decoder layers left out, counted from 0.
+    (`sc.knobs`).  skip_layers: decoder layers left out, counted from 0.
     Raises ValueError before loading weights where an argument is at fault.
     """
     if device != "cpu" or dtype != torch.float32:

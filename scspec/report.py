@@ -88,7 +88,7 @@ def _page(
     return {
         "specs": specs,
         "nonce": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),
-        "demonstration": any(its["demonstration"] for its in metadata),
+        "demonstration": plan["demonstration"],
         "alarms": _alarms(verdicts, metadata),
         "facts": _facts(blocks, summary, plan, missing, verdicts),
         "sections": sections,

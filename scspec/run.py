@@ -16,9 +16,10 @@ from scspec.cells import Cell, Side
 from scspec.decoding import Block, CachedScorer, Draws, SamplingConfig, decode_blocks, key_from
 from scspec.hardware import sc_mac_share
 from scspec.models import check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
-from scspec.patching import PRESETS, knobs_of, resolve_knobs
+from scspec.patching import knobs_of
 from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
 from scspec.results import write_cell
+from scspec.sc.knobs import PRESETS, resolve_knobs
 from scspec.sc.matmul import resolve_backend
 
 
@@ -180,7 +181,6 @@ class _Run:
             "backend": cell.backend,
             "sc_mac_share": {name: sc_mac_share(model.config) for name, (_, model) in sides.items()},
             "weights_note": {name: manifest["note"] for name, manifest in models.items()},
-            "demonstration": cell.demonstration,
         }
 
     def prompt_metadata(self) -> dict:

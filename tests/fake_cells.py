@@ -182,7 +182,6 @@ def fake_metadata(keys, **changed):
         "weights_note": dict.fromkeys(("target", "draft"), "weights: 4-bit GGUF, dequantised"),
         "started_at": "2025-11-24T13:00:00+00:00",
         "wall_time_s": 31.4,
-        "demonstration": False,
     }
     return {**metadata, **changed}
 
@@ -223,10 +222,11 @@ def plan_entry(folder, keys):
     return {**entry, "path": str(Path(folder, f"{keys['cell_id']}.parquet"))}
 
 
-def write_fake_grid(folder, cells=None, *, metadata=None, invalid=(), **rows):
+def write_fake_grid(folder, cells=None, *, metadata=None, invalid=(), demonstration=False, **rows):
     """Writes a grid of (keys, alpha) as Parquet; returns the plan. Every cell has the same prompts."""
     cells = fake_grid() if cells is None else cells
-    plan = {"cells": [plan_entry(folder, keys) for keys, _ in cells], "invalid": list(invalid)}
+    entries = [plan_entry(folder, keys) for keys, _ in cells]
+    plan = {"demonstration": demonstration, "cells": entries, "invalid": list(invalid)}
     for seed, (entry, (keys, alpha)) in enumerate(zip(plan["cells"], cells, strict=True)):
         its_rows = fake_rows(keys, alpha=alpha, seed=seed, **rows)
         write_cell(entry["path"], its_rows, fake_metadata(keys, **(metadata or {})))

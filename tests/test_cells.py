@@ -71,14 +71,13 @@ def test_the_default_grid_has_28_cells() -> None:
         ("smollm2-skip", "reseed"): 1,
     }
     assert invalid == []
-    assert all(cell.demonstration for cell in cells)
     assert "smollm2-shorter/sc_sc/L128_d96_p8_g4_s0_n0" in {cell.id for cell in cells}
 
 
 def test_one_line_of_json_and_one_path() -> None:
     (cell,) = cells_of(pairs=pair_of(stoc_len=96, sc={"sc_lm_head": True})).values()
     assert cell.to_json() == (
-        '{"arm":"sc_sc","backend":"cpu","demonstration":false,"device":"cpu",'
+        '{"arm":"sc_sc","backend":"cpu","device":"cpu",'
         '"draft":{"model":"small","sc":{"sc_lm_head":true,"sc_prec":8,"sc_seed":0,"sc_stoc_len":96},'
         '"skip_layers":[]},"dtype":"float32","gamma":4,"id":"tiny/sc_sc/L128_d96_p8_g4_s0_n0",'
         f'"max_new_tokens":128,"pair":"tiny","prompt_file":{json.dumps(PROMPTS)},"prompt_limit":null,'
@@ -206,11 +205,11 @@ def test_the_drafts_precision_is_the_targets_unless_it_is_given() -> None:
 def test_overrides_reach_their_own_side_only() -> None:
     pair = {
         "target": {"model": "big", "sc": {"use_sc_attn": False}},
-        "draft": {"model": "small", "sc": {"sc_mode": "unipolar"}, "skip_layers": [5, 3]},
+        "draft": {"model": "small", "sc": {"sc_lm_head": True}, "skip_layers": [5, 3]},
     }
     (cell,) = cells_of(pairs={"tiny": pair}, sc_seed=[7]).values()
     assert cell.target == Side("big", {"use_sc_attn": False, "sc_prec": 8, "sc_stoc_len": 128, "sc_seed": 7}, ())
-    assert cell.draft == Side("small", {"sc_mode": "unipolar", "sc_prec": 8, "sc_stoc_len": 128, "sc_seed": 7}, (3, 5))
+    assert cell.draft == Side("small", {"sc_lm_head": True, "sc_prec": 8, "sc_stoc_len": 128, "sc_seed": 7}, (3, 5))
 
 
 def test_a_ratio_is_the_decimal_number_that_was_written() -> None:
@@ -308,8 +307,8 @@ def test_disabled_pairs_have_no_cells() -> None:
 
 
 def test_a_pair_can_have_its_own_dtype() -> None:
-    two = {**pair_of(), "other": {**pair_of()["tiny"], "dtype": "float16"}}
-    assert [cell.dtype for cell in cells_of(pairs=two).values()] == ["float32", "float16"]
+    other = {**pair_of()["tiny"], "dtype": "float32"}
+    assert [cell.dtype for cell in cells_of(pairs={"other": other}, dtype="float16").values()] == ["float32"]
 
 
 def test_editing_the_prompts_changes_the_cells(tmp_path: Path) -> None:

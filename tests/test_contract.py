@@ -22,7 +22,7 @@ from scspec.decoding import (
     generate_cached,
 )
 from scspec.models import load_model
-from scspec.patching import PRESETS
+from scspec.sc.knobs import PRESETS
 
 PROMPTS = (
     "The capital of France is",

@@ -7,7 +7,8 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
-from scspec.patching import PRESETS, SC_CONFIG_DEFAULTS, knobs_of, patch_model, resolve_knobs
+from scspec.patching import knobs_of, patch_model
+from scspec.sc.knobs import PRESETS, SC_CONFIG_DEFAULTS, resolve_knobs
 from scspec.sc.linear import SCLinear
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 32]])

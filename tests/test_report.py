@@ -175,7 +175,7 @@ NASTY = '</script><script>alert("1")</script><b>&amp;\u2028\u202e\U0001f4a9'
 
 
 def test_texts_are_shown_not_run(tmp_path):
-    plan = {"cells": [], "invalid": [{"pair": NASTY, "stoc_len": 512, "reason": NASTY}]}
+    plan = {"demonstration": False, "cells": [], "invalid": [{"pair": NASTY, "stoc_len": 512, "reason": NASTY}]}
     prompts = {"file": NASTY, "sha256": NASTY, "token_ids_sha256": NASTY}
     for index, arm in enumerate(("sc_sc", "identity")):
         keys = fake_keys(pair=NASTY, arm=arm, target_model=NASTY, device=NASTY)
@@ -195,7 +195,7 @@ def test_texts_are_shown_not_run(tmp_path):
 
 
 def test_a_demonstration_says_so(tmp_path):
-    plan = write(tmp_path, (fake_keys(), 0.6), demonstration=True)
+    plan = write_fake_grid(tmp_path, [(fake_keys(), 0.6)], demonstration=True, **SMALL)
     page, _ = report_of(tmp_path, plan)
     assert "Demonstration, not a result" in page.text
     assert page.text.index("Demonstration") < page.text.index("cells 1 of 1")
@@ -256,7 +256,7 @@ def test_controls_without_a_grid(tmp_path):
 
 
 def test_no_cells(tmp_path):
-    plan = {"cells": [plan_entry(tmp_path, fake_keys())], "invalid": []}
+    plan = {"demonstration": False, "cells": [plan_entry(tmp_path, fake_keys())], "invalid": []}
     page, summary = report_of(tmp_path, plan)
     assert summary.empty
     assert "No cell has been run yet" in page.text

@@ -12,7 +12,8 @@ from scspec import sc_matmul
 from scspec.invariant import cpu as invariant
 from scspec.sc import cpu
 from scspec.sc.encoding import encode
-from scspec.sc.linear import SCLinear, stream_spec
+from scspec.sc.knobs import stream_spec
+from scspec.sc.linear import SCLinear
 from scspec.sc.matmul import chunk_slices
 from scspec.sc.streams import resolve_streams, scrambles
 

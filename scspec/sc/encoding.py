@@ -12,8 +12,6 @@ from scspec.sc.streams import StreamSpec
 #: The published floor of |x|max (and of max - min), so that an all-zero scope has a finite scale.
 SCALE_FLOOR = 1e-5
 
-GRANULARITIES = ("per_row", "per_head", "per_tensor", "causal")
-
 
 @dataclass(frozen=True)
 class Encoded:

@@ -8,19 +8,15 @@ from torch import nn
 from scspec.invariant import cpu as invariant
 from scspec.sc import cpu
 from scspec.sc.encoding import Encoded, encode
+from scspec.sc.knobs import stream_spec
 from scspec.sc.matmul import chunk_slices, finish, resolve_backend, scaled_sums
-from scspec.sc.streams import StreamSpec, resolve_streams
-
-
-def stream_spec(knobs) -> StreamSpec:
-    """Return the streams that the knobs (as attributes, see `patching`) ask for."""
-    return resolve_streams(knobs.sc_mode, knobs.sc_prec, knobs.sc_stoc_len, None, knobs.sc_halve_bipolar, knobs.sc_seed)
+from scspec.sc.streams import StreamSpec
 
 
 class SCLinear(nn.Module):
     """Replaces one nn.Linear. x float32 (..., D) -> float32 (..., M).
 
-    Reads its knobs from the attributes of `knobs` at every call; `switch` names the knob that turns SC on
+    Reads the attributes of `knobs` (names: `sc.knobs`) at every call; `switch` names the one that turns SC on
     ("use_sc_linear", "sc_lm_head"). Off, it is a float layer: batch invariant, or torch's own with `batch_invariant`
     off. What a knob asks of the weight (codes, or blocks of floats) is prepared at first use and kept until the knob
     changes; `sc_stoc_len` and `sc_seed` change nothing in it. After `drop_float_weight` such a change is a ValueError.

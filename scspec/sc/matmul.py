@@ -4,8 +4,8 @@ import importlib
 
 import torch
 
-from scspec.sc.encoding import GRANULARITIES, Encoded, encode, encode_causal
-from scspec.sc.streams import StreamSpec, resolve_streams
+from scspec.sc.encoding import Encoded, encode, encode_causal
+from scspec.sc.streams import GRANULARITIES, StreamSpec, resolve_streams
 
 #: Backend name -> module; a module is imported when its backend is first asked for.
 BACKENDS = {"reference": "scspec.sc.reference", "cpu": "scspec.sc.cpu"}

@@ -17,6 +17,7 @@ _GOLDEN_64 = 0x9E3779B97F4A7C15
 
 SC_PREC_RANGE = (2, 8)
 MODES = ("bipolar", "unipolar")
+GRANULARITIES = ("per_row", "per_head", "per_tensor", "causal")  # scopes of a quantisation scale
 
 
 @dataclass(frozen=True)
