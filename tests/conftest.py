@@ -1,12 +1,20 @@
 """Fixtures that tests share: the real model, loaded once."""
 
+import os
+
 import numba
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported and when kernels are defined
+
+from interpreter import correct_bfloat16
+
 from scspec.models import load_model, load_tokenizer
 
 MODEL = "smollm2-135m"
+correct_bfloat16()
 
 
 @pytest.fixture(scope="session", autouse=True)
