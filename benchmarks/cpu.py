@@ -66,7 +66,7 @@ def measurements(model, plain, tokens):
     fresh = iter(tokens[:, CONTEXT:].split(ROWS, dim=1))
 
     def sc_pass():
-        cache.length = CONTEXT
+        cache.rollback(0, CONTEXT)
         model(input_ids=next(fresh), kv_cache=cache)
 
     def float_pass():

@@ -6,6 +6,8 @@ interface. The knobs live on `model.config`. Nothing of another instance, even o
 Not covered: where weights come from (`models`). Other model families than Llama's are refused.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 
 import numpy as np
@@ -122,8 +124,14 @@ def _replace_attention(model: PreTrainedModel) -> None:
 
 def _attention_function(module, query, key, value, attention_mask, scaling, kv_cache=None, **_):
     """What transformers calls; the layer's own CausalAttention does the work."""
-    start, store = (0, None) if kv_cache is None else (kv_cache.length, kv_cache.layers[module.layer_idx])
-    return module.scspec_attention(query, key, value, store, start, scaling), None
+    starts = _starts(kv_cache, query.shape[0])
+    store = None if kv_cache is None else kv_cache.layers[module.layer_idx]
+    return module.scspec_attention(query, key, value, store, starts, scaling), None
+
+
+def _starts(cache: KVCache | None, batch: int) -> Sequence[int]:
+    """Return the absolute position of each sequence's first new row."""
+    return (0,) * batch if cache is None else cache.lengths
 
 
 def _no_mask(*_, **__) -> None:
@@ -147,24 +155,35 @@ class CausalAttention:
 
     def new_store(self, batch: int, capacity: int) -> "EncodedKV | FloatKV":
         shape = batch, self.kv_heads, self.head_dim, capacity
-        return EncodedKV.empty(*shape, stream_spec(self.knobs).max_code) if self._is_encoded() else FloatKV(*shape)
+        if self._is_encoded():
+            return EncodedKV.empty(*shape, stream_spec(self.knobs).max_code)
+        return FloatKV.empty(*shape)
 
     def _is_encoded(self) -> bool:
         return self.knobs.use_sc_attn and self.knobs.sc_granularity == "causal"
 
-    def __call__(self, query, key, value, store, start: int, scaling: float) -> torch.Tensor:
-        """Return float32 (B, T, H, head_dim) for new rows at positions start...; writes their K and V to `store`."""
+    def __call__(self, query, key, value, store, starts: Sequence[int], scaling: float) -> torch.Tensor:
+        """Return float32 (B, T, H, head_dim) for new rows, row t of sequence b at position starts[b] + t.
+
+        Writes their K and V to `store`.
+        """
         knobs = self.knobs
         store = self.new_store(query.shape[0], query.shape[2]) if store is None else store
         if isinstance(store, EncodedKV) != self._is_encoded():
             raise ValueError("use_sc_attn or sc_granularity changed: the KV cache was made for another attention")
         if self._is_encoded():
-            return attend(query, key, value, store, start, scaling, stream_spec(knobs))
-        store.write(key, value, start)
+            return attend(query, key, value, store, starts, scaling, stream_spec(knobs))
+        store.write(key, value, starts)
         if not knobs.use_sc_attn and knobs.batch_invariant:
             arrays = query.contiguous().numpy(), store.keys.numpy(), store.values.numpy()
-            return torch.from_numpy(invariant.attention(*arrays, start, np.float32(scaling)))
-        keys, values = store.read(start + query.shape[2])
+            return torch.from_numpy(invariant.attention(*arrays, np.array(starts), np.float32(scaling)))
+        lengths = [start + query.shape[2] for start in starts]
+        rows = [self._generic(query[b : b + 1], *store.slot(b).read(n), scaling) for b, n in enumerate(lengths)]
+        return torch.cat(rows)
+
+    def _generic(self, query, keys, values, scaling: float) -> torch.Tensor:
+        """Return attention (1, T, H, head_dim) of the last T rows of keys and values (1, H_kv, S, head_dim)."""
+        knobs = self.knobs
         if not knobs.use_sc_attn:
             return _plain_attention(query, keys, values, scaling)
         backend = resolve_backend(None, query.device)
@@ -173,18 +192,29 @@ class CausalAttention:
         return sc_attention(query, keys, values, scaling, spec, knobs.sc_granularity, softmax, backend)
 
 
+@dataclass(frozen=True)
 class FloatKV:
     """One layer's keys float32 (B, H_kv, head_dim, capacity) and values (B, H_kv, capacity, head_dim)."""
 
-    def __init__(self, batch: int, kv_heads: int, head_dim: int, capacity: int):
-        self.keys = torch.zeros(batch, kv_heads, head_dim, capacity)
-        self.values = torch.zeros(batch, kv_heads, capacity, head_dim)
+    keys: torch.Tensor
+    values: torch.Tensor
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, start: int) -> None:
-        """Store key, value (B, H_kv, T, head_dim) at positions start..start+T-1."""
-        last = start + key.shape[2]
-        self.keys[..., start:last] = key.transpose(2, 3)
-        self.values[:, :, start:last] = value
+    @classmethod
+    def empty(cls, batch: int, kv_heads: int, head_dim: int, capacity: int) -> "FloatKV":
+        """Return a store with room for `capacity` positions."""
+        keys, values = (batch, kv_heads, head_dim, capacity), (batch, kv_heads, capacity, head_dim)
+        return cls(torch.zeros(keys), torch.zeros(values))
+
+    def slot(self, b: int) -> "FloatKV":
+        """Return the store of sequence b alone, a view."""
+        return FloatKV(self.keys[b : b + 1], self.values[b : b + 1])
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, starts: Sequence[int]) -> None:
+        """Store row t of key, value (B, H_kv, T, head_dim) at position starts[b] + t of sequence b."""
+        for b, start in enumerate(starts):
+            last = start + key.shape[2]
+            self.keys[b, ..., start:last] = key[b].transpose(1, 2)
+            self.values[b, :, start:last] = value[b]
 
     def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the first `length` keys and values, (B, H_kv, length, head_dim)."""
@@ -232,14 +262,15 @@ def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[
     ids = args[0] if args else kwargs["input_ids"]
     for refused in ("attention_mask", "past_key_values", "inputs_embeds"):
         if kwargs.get(refused) is not None:
-            raise ValueError(f"{refused}: not supported; sequences of a batch have equal length, the cache is kv_cache")
+            raise ValueError(f"{refused}: not supported; every row of input_ids is a token, the cache is kv_cache")
     cache = kwargs.get("kv_cache")
-    start = 0
+    starts = _starts(cache, ids.shape[0])
     if cache is not None:
-        start = cache.length
-        if start + ids.shape[1] > cache.capacity:
-            raise ValueError(f"KV cache: {start} + {ids.shape[1]} tokens; its capacity is {cache.capacity}")
-    positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+        if ids.shape[0] != cache.batch:
+            raise ValueError(f"input_ids has {ids.shape[0]} sequences; the KV cache was made for {cache.batch}")
+        if max(starts) + ids.shape[1] > cache.capacity:
+            raise ValueError(f"KV cache: {max(starts)} + {ids.shape[1]} tokens; its capacity is {cache.capacity}")
+    positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
     return args, {**kwargs, "position_ids": positions, "use_cache": False}
 
 

@@ -1,7 +1,7 @@
 """A tiny language model without weights, for tests: its logits depend on every token so far.
 
 The cached way reads that context back out of its cache. A cache that is not rolled back, rolled back too far
-or written in the wrong place therefore changes the logits, and the tests turn red. Logits are coarse
+or written in the wrong place or slot therefore changes the logits, and the tests turn red. Logits are coarse
 (multiples of 1/16), so argmax ties occur.
 """
 
@@ -15,6 +15,16 @@ from scspec.decoding import KVCache
 POISON = -1
 
 
+class TokenStore:
+    """The one layer of a FakeLM's cache: the tokens themselves, int64 (batch, capacity)."""
+
+    def __init__(self, tokens: torch.Tensor):
+        self.tokens = tokens
+
+    def slot(self, b: int) -> "TokenStore":
+        return TokenStore(self.tokens[b : b + 1])
+
+
 class FakeLM:
     """Models with the same `seed` agree up to `noise` times logits of their own. `vocab_size` is at most 64."""
 
@@ -24,20 +34,20 @@ class FakeLM:
         self.fed = []  # how many tokens each forward was fed
 
     def new_kv_cache(self, batch: int, capacity: int) -> KVCache:
-        return KVCache(batch, capacity, [torch.full((batch, capacity), POISON)])
+        return KVCache(batch, capacity, [TokenStore(torch.full((batch, capacity), POISON))])
 
     def __call__(self, input_ids, kv_cache=None, logits_to_keep=0):
         batch, fed = input_ids.shape
         self.fed.append(fed)
         if kv_cache is None:
-            past, context = 0, input_ids
+            past, context = (0,) * batch, input_ids
         else:
-            past = kv_cache.length
+            past, context = kv_cache.lengths, kv_cache.layers[0].tokens
             kv_cache.advance(fed)
-            kv_cache.layers[0][:, past : past + fed] = input_ids
-            context = kv_cache.layers[0]
-        ends = range(past + 1, past + fed + 1)[-logits_to_keep:]
-        rows = [[self._row(context[b, :end].tolist()) for end in ends] for b in range(batch)]
+            for b, tokens in enumerate(input_ids):
+                context[b, past[b] : past[b] + fed] = tokens
+        kept = range(1, fed + 1)[-logits_to_keep:]
+        rows = [[self._row(context[b, : past[b] + t].tolist()) for t in kept] for b in range(batch)]
         return SimpleNamespace(logits=torch.tensor(rows, dtype=torch.float32))
 
     def _row(self, context: list[int]) -> list[float]:

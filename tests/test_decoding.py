@@ -248,8 +248,8 @@ def test_both_caches_hold_the_text_but_its_last_token_after_every_block():
     ):
         text += block.emitted
         for scorer in scorers:
-            assert scorer.cache.length == len(text) - 1
-            assert scorer.cache.layers[0][0, : len(text) - 1].tolist() == text[:-1]
+            assert scorer.cache.lengths == (len(text) - 1,)
+            assert scorer.cache.layers[0].tokens[0, : len(text) - 1].tolist() == text[:-1]
 
 
 def test_beta_and_margin_belong_to_the_emitted_positions():

@@ -272,7 +272,7 @@ def test_attention(shared, positions, head_dim):
     the division and the weighted sum add gamma(2 S + 10) relative to sum p |v|."""
     query, keys, values = attention_operands(2, 2, shared, positions, head_dim, positions + 5)
     scaling = np.float32(head_dim**-0.5)
-    out = cpu.attention(query, keys, values, 0, scaling)
+    out = cpu.attention(query, keys, values, np.zeros(len(query), np.int64), scaling)
     k = keys[..., :positions].astype(np.float64).repeat(shared, axis=1)
     v = values[:, :, :positions].astype(np.float64).repeat(shared, axis=1)
     hidden = np.triu(np.ones((positions, positions), bool), 1)
@@ -289,7 +289,7 @@ def test_attention(shared, positions, head_dim):
 def test_attention_of_partitions_changes_no_bit(steps, threads):
     """Later keys, the capacity and other sequences leave no trace either: what is not yet written is NaN here."""
     query, keys, values = attention_operands(2, 2, 3, 21, 20, 24)
-    whole = cpu.attention(query, keys, values, 0, np.float32(0.2))
+    whole = cpu.attention(query, keys, values, np.zeros(2, np.int64), np.float32(0.2))
     for count in THREADS:
         threads(count)
         first = 0
@@ -297,8 +297,19 @@ def test_attention_of_partitions_changes_no_bit(steps, threads):
             last = first + step
             k, v = np.full_like(keys[..., : last + 2], np.nan), np.full_like(values[:, :, : last + 2], np.nan)
             k[..., :last], v[:, :, :last] = keys[..., :last], values[:, :, :last]
-            rows = cpu.attention(query[:, :, first:last].copy(), k, v, first, np.float32(0.2))
+            rows = cpu.attention(query[:, :, first:last].copy(), k, v, np.full(2, first), np.float32(0.2))
             assert rows.tobytes() == whole[:, first:last].tobytes()
             alone = [x[1:].copy() for x in (query[:, :, first:last], k, v)]
-            assert cpu.attention(*alone, first, np.float32(0.2)).tobytes() == whole[1:, first:last].tobytes()
+            assert np.array_equal(cpu.attention(*alone, np.full(1, first), np.float32(0.2)), whole[1:, first:last])
             first = last
+
+
+def test_attention_of_sequences_at_different_positions():
+    query, keys, values = attention_operands(3, 2, 3, 21, 20, 24)
+    whole = cpu.attention(query, keys, values, np.zeros(3, np.int64), np.float32(0.2))
+    start = np.array([9, 0, 16])
+    rows = np.stack([query[b, :, first : first + 5] for b, first in enumerate(start)])
+    for b, first in enumerate(start):  # nothing beyond a sequence's own rows is looked at
+        keys[b, ..., first + 5 :] = values[b, :, first + 5 :] = np.nan
+    out = cpu.attention(rows, keys, values, start, np.float32(0.2))
+    assert all(np.array_equal(out[b], whole[b, first : first + 5]) for b, first in enumerate(start))

@@ -27,7 +27,7 @@ def check_pieces(model, sizes=(4, 1, 5, 1)):
     with torch.inference_mode():
         cache = model.new_kv_cache(1, 16)
         pieces = [model(input_ids=piece, kv_cache=cache).logits for piece in IDS.split(sizes, dim=1)]
-    assert cache.length == IDS.shape[1]
+    assert cache.lengths == (IDS.shape[1],)
     assert torch.equal(torch.cat(pieces, dim=1), logits(model))
 
 
@@ -62,6 +62,46 @@ def test_sc_comes_near_the_float_model_as_streams_grow():
 )
 def test_causal_models_do_not_depend_on_the_partition(overrides):
     check_pieces(patched(overrides))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"use_sc_attn": False}, "float"])
+def test_slots_are_independent(overrides):
+    """Slots filled one by one through views, then fed together at different positions, one of them put back."""
+    model = patched(overrides)
+    batch = torch.stack([IDS[0], IDS[0].flip(0), (IDS[0] * 7) % 61])
+    wanted = logits(model, batch)
+    with torch.inference_mode():
+        cache = model.new_kv_cache(3, 16)
+        for b, held in ((2, 6), (0, 2)):
+            out = model(input_ids=batch[b : b + 1, :held], kv_cache=cache.slot(b), logits_to_keep=1).logits
+            assert torch.equal(out[0, 0], wanted[b, held - 1])
+        assert cache.lengths == (2, 0, 6)
+        for step in range(5):  # slot 1 is idle: fed anything, then put back
+            ids = torch.stack([batch[0, 2 + step], batch[0, step], batch[2, 6 + step]])[:, None]
+            out = model(input_ids=ids, kv_cache=cache).logits
+            assert torch.equal(out[0, 0], wanted[0, 2 + step])
+            assert torch.equal(out[2, 0], wanted[2, 6 + step])
+            cache.rollback(1, 0)
+        assert torch.equal(model(input_ids=batch[1:2], kv_cache=cache.slot(1)).logits, wanted[1:2])
+        assert cache.lengths == (7, 11, 11)
+
+
+@pytest.mark.parametrize("overrides", [{"sc_granularity": "per_row"}, {"preset": "float", "batch_invariant": False}])
+def test_generic_attentions_read_their_own_slot(overrides):
+    """The same rows in both calls; plain float32 arithmetic may round otherwise, sums of at most 72 terms."""
+    model = patched(overrides)
+    with torch.inference_mode():
+        cache, alone = model.new_kv_cache(2, 16), model.new_kv_cache(1, 16)
+        model(input_ids=IDS[:, :6], kv_cache=cache.slot(1))
+        model(input_ids=IDS[:, :6], kv_cache=alone)
+        together = model(input_ids=torch.cat([IDS[:, :2], IDS[:, 6:8]]), kv_cache=cache).logits[1:]
+        torch.testing.assert_close(together, model(input_ids=IDS[:, 6:8], kv_cache=alone).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_of_another_size_than_the_caches_is_refused():
+    model = patched()
+    with pytest.raises(ValueError, match="input_ids has 1 sequences; the KV cache was made for 2"):
+        model(input_ids=IDS, kv_cache=model.new_kv_cache(2, 16))
 
 
 def test_published_scopes_do_depend_on_the_partition():
@@ -111,12 +151,12 @@ def test_two_instances_share_nothing():
     assert {type(m) for m in tiny_model().modules()}.isdisjoint({SCLinear})
 
 
-def test_rollback_is_an_assignment():
+def test_rollback_moves_an_integer():
     model = patched()
     with torch.inference_mode():
         cache = model.new_kv_cache(1, 16)
         model(input_ids=IDS[:, :9], kv_cache=cache)
-        cache.length = 4
+        cache.rollback(0, 4)
         rest = model(input_ids=IDS[:, 4:], kv_cache=cache).logits
     assert torch.equal(rest, logits(model)[:, 4:])
 
@@ -128,7 +168,7 @@ def test_a_full_cache_is_refused_before_anything_is_written():
         model(input_ids=IDS[:, :6], kv_cache=cache)
         with pytest.raises(ValueError, match="6 \\+ 3 tokens; its capacity is 8"):
             model(input_ids=IDS[:, 6:9], kv_cache=cache)
-    assert cache.length == 6
+    assert cache.lengths == (6,)
 
 
 @pytest.mark.parametrize("knob", ["sc_stoc_len", "sc_seed"])

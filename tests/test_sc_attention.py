@@ -91,6 +91,23 @@ def test_partitions_change_no_bit(steps, threads):
         assert torch.equal(attend_in_steps(*alone, steps), whole[b : b + 1])
 
 
+def test_sequences_at_different_positions():
+    """Each sequence of a batch goes on where it stands, into its own part of the store, as it would alone."""
+    query, key, value = drawn(3, 2, 3, 21, 20)
+    whole = attend_in_steps(query, key, value, [21])
+    store, starts = empty_store(key, 24), (9, 0, 16)
+    for b, start in enumerate(starts):
+        for first in range(start):
+            rows = [x[b : b + 1, :, first : first + 1] for x in (query, key, value)]
+            attend(*rows, store.slot(b), first, 20**-0.5, SPEC)
+    rows = [torch.stack([x[b, :, s : s + 5] for b, s in enumerate(starts)]) for x in (query, key, value)]
+    out = attend(*rows, store, starts, 20**-0.5, SPEC)
+    assert all(torch.equal(out[b], whole[b, start : start + 5]) for b, start in enumerate(starts))
+    for b, start in enumerate(starts):
+        assert (store.k_scale[b, :, : start + 5] > 0).all()
+        assert not store.k_scale[b, :, start + 5 :].any()
+
+
 def test_incremental_writes_leave_the_same_store():
     query, key, value = drawn(2, 2, 1, 21, 20)
     stores = [empty_store(key, 24) for _ in range(2)]

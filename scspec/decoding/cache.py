@@ -2,35 +2,45 @@
 
 import operator
 
+import numpy as np
+
 
 class KVCache:
-    """Per-layer stores written by absolute position, and how many positions of them are valid.
+    """Per-layer stores for `batch` sequences (slots), and how many positions of each slot are valid.
 
-    `layers` is a list of whatever the model keeps per layer. `length` starts at 0. A forward writes its rows
-    at positions `length ...` and then calls `advance`; rollback is `cache.length = n`, and what lies beyond
-    `n` is simply written over later.
+    `layers` is a list of whatever the model keeps per layer; each has `slot(b)`, the same store for slot b alone.
+    Lengths start at 0. A forward writes row t of slot b at position `lengths[b] + t` and then calls `advance`; what
+    lies beyond a length is simply written over later.
     """
 
     def __init__(self, batch: int, capacity: int, layers: list):
         self.batch = batch
         self.capacity = capacity
         self.layers = layers
-        self._length = 0
+        self._lengths = np.zeros(batch, np.int64)
 
     @property
-    def length(self) -> int:
-        """Tokens held, 0..capacity."""
-        return self._length
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held by each slot, 0..capacity; not to be assigned to: see `rollback`."""
+        return tuple(self._lengths.tolist())
 
-    @length.setter
-    def length(self, length: int) -> None:
-        length = operator.index(length)
-        if not 0 <= length <= self.capacity:
-            raise ValueError(f"length is {length}; allowed: 0..{self.capacity} (the capacity)")
-        self._length = length
+    def rollback(self, slot: int, length: int) -> None:
+        """Keep the first `length` tokens of one slot. Raises ValueError for a length above the one held, or below 0."""
+        length, held = operator.index(length), self.lengths[slot]
+        if not 0 <= length <= held:
+            raise ValueError(f"length is {length}; allowed: 0..{held} (the tokens that slot {slot} holds)")
+        self._lengths[slot] = length
 
     def advance(self, n: int) -> None:
-        """Count `n` tokens more as held. Raises ValueError, and changes nothing, when they do not fit."""
-        if self._length + n > self.capacity:
-            raise ValueError(f"KV cache full: length {self._length} + n {n} > capacity {self.capacity}")
-        self.length = self._length + n
+        """Count `n` tokens more as held by every slot. Raises ValueError, and changes nothing, when they do not fit."""
+        fullest = max(self.lengths)
+        if fullest + n > self.capacity:
+            raise ValueError(f"KV cache full: length {fullest} + n {n} > capacity {self.capacity}")
+        self._lengths += n
+
+    def slot(self, slot: int) -> "KVCache":
+        """The cache of one slot alone, batch 1: a view, so a forward over it writes here and advances this slot."""
+        slot = range(self.batch)[slot]
+        view = KVCache(1, self.capacity, [layer.slot(slot) for layer in self.layers])
+        view._lengths = self._lengths[slot : slot + 1]
+        return view

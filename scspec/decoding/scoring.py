@@ -37,7 +37,7 @@ class CacheFreeScorer:
 class CachedScorer:
     """Scores a sequence by feeding the model only what its cache does not hold.
 
-    The cache is known by its length alone: the caller keeps the first `cache.length` tokens of every sequence
+    The cache is known by its length alone: the caller keeps the first `cache.lengths[0]` tokens of every sequence
     it passes equal to those fed before, and says `rollback` when a tail of them was discarded.
     """
 
@@ -49,13 +49,13 @@ class CachedScorer:
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Start over with a cache that holds exactly `tokens` (may be empty)."""
-        self.cache.length = 0
+        self.cache.rollback(0, 0)
         if tokens:
             self._feed(tokens, 1)
 
     def rollback(self, length: int) -> None:
         """Keep at most the first `length` tokens."""
-        self.cache.length = min(self.cache.length, length)
+        self.cache.rollback(0, min(self.cache.lengths[0], length))
 
     def logits(self, sequence: Sequence[int], rows: int) -> np.ndarray:
         """The logits (rows, V) float32 at the last `rows` positions of `sequence`.
@@ -65,13 +65,13 @@ class CachedScorer:
         """
         _check_rows(sequence, rows)
         self.rollback(len(sequence) - rows)
-        return self._feed(sequence[self.cache.length :], rows)
+        return self._feed(sequence[self.cache.lengths[0] :], rows)
 
     def _feed(self, tokens: Sequence[int], rows: int) -> np.ndarray:
-        expected = self.cache.length + len(tokens)
+        expected = self.cache.lengths[0] + len(tokens)
         logits = _forward(self.model, tokens, rows, rows, kv_cache=self.cache, logits_to_keep=rows)
-        if self.cache.length != expected:
-            raise ValueError(f"the forward left the cache at length {self.cache.length}; expected {expected}")
+        if self.cache.lengths[0] != expected:
+            raise ValueError(f"the forward left the cache at length {self.cache.lengths[0]}; expected {expected}")
         return logits
 
 

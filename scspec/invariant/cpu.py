@@ -147,8 +147,8 @@ def rotary_table(inv_freq, scaling, first, last):
 def attention(query, keys, values, start, scaling):
     """Return causal attention float32 (B, T, H, head_dim): every sum in ascending order of dimension or position.
 
-    query: float32 (B, H, T, head_dim) at positions start..start+T-1; keys: float32 (B, H_kv, head_dim, capacity);
-    values: float32 (B, H_kv, capacity, head_dim), both already written there.
+    query: float32 (B, H, T, head_dim), row t of sequence b at position start[b] + t, start: int64 (B,);
+    keys: float32 (B, H_kv, head_dim, capacity); values: float32 (B, H_kv, capacity, head_dim), both already written.
     """
     batch, heads, count, head_dim = query.shape
     shared = heads // keys.shape[1]
@@ -157,7 +157,7 @@ def attention(query, keys, values, start, scaling):
         b, h = item // heads, item % heads
         k, v = keys[b, h // shared], values[b, h // shared]
         for t in range(count):
-            scores = np.zeros(start + t + 1, np.float32)
+            scores = np.zeros(start[b] + t + 1, np.float32)
             for d in range(head_dim):
                 x = query[b, h, t, d]
                 for j in range(scores.shape[0]):

@@ -4,6 +4,7 @@ Keys and values are encoded once, when they are written (`write`), and stay as c
 head are rows of one look-up, so K and V are not copied for them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numba as nb
@@ -53,23 +54,29 @@ class EncodedKV:
             max_code,
         )
 
+    def slot(self, b: int) -> "EncodedKV":
+        """Return the store of sequence b alone, a view."""
+        arrays = self.k_words, self.v_words, self.k_scale, self.v_scale
+        return EncodedKV(*(array[b : b + 1] for array in arrays), self.max_code)
+
 
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     store: EncodedKV,
-    start: int,
+    start: int | Sequence[int],
     scaling: float,
     spec: StreamSpec,
 ) -> torch.Tensor:
     """Return causal SC attention of the new rows, float32 (B, T, H, head_dim), and write their K and V.
 
-    query: float32 (B, H, T, head_dim); key, value: (B, H_kv, T, head_dim); their rows stand at positions
-    start..start+T-1, and the store holds all earlier ones.
+    query: float32 (B, H, T, head_dim); key, value: (B, H_kv, T, head_dim); row t of sequence b stands at position
+    start[b] + t (one int: the same for all), and the store holds all earlier ones.
     """
     if store.max_code != spec.max_code:
         raise ValueError(f"sc_prec={spec.sc_prec}: the KV cache was encoded with largest code {store.max_code}")
+    start = np.full(query.shape[0], start, np.int64)
     arrays = store.k_words, store.v_words, store.k_scale, store.v_scale
     _write(key.contiguous().numpy(), value.contiguous().numpy(), start, *arrays, np.float32(spec.max_code))
     factor = np.float32(spec.max_code**2 / spec.stoc_len)
@@ -86,12 +93,12 @@ def _code_byte(x, scale, max_code):
 
 @nb.njit(**_JIT)
 def _write(key, value, start, k_words, v_words, k_scale, v_scale, max_code):
-    """Encode new keys and values (per position, per KV head) into the store's words."""
+    """Encode new keys and values (per position, per KV head) into the store's words; start: int64 (B,)."""
     batch, heads, count, head_dim = key.shape
     for b in range(batch):
         for h in range(heads):
             for t in range(count):
-                j = start + t
+                j = start[b] + t
                 scale = k_scale[b, h, j] = row_scale(key[b, h, t], max_code)
                 for block in range(k_words.shape[2]):
                     word = np.uint64(0)
@@ -116,14 +123,14 @@ def _attend(query, start, k_words, v_words, k_scale, v_scale, ones_of, counts_of
     for item in nb.prange(batch * kv_heads * groups):
         b, h, group = item // (kv_heads * groups), item // groups % kv_heads, item % groups
         first, last = group * ROWS, min((group + 1) * ROWS, shared * count)
-        keys = start + (last - 1) // shared + 1  # row = t * shared + head: the last row sees the most keys
+        keys = start[b] + (last - 1) // shared + 1  # row = t * shared + head: the last row sees the most keys
         scores = np.zeros((ROWS, keys), np.float32)
         rows = query[b, h * shared : (h + 1) * shared]
         _score(rows, first, last, k_words[b, h], k_scale[b, h], ones_of, counts_of, factor, scaling, scores)
         ones = np.zeros((-(-keys // 8) * 8, ROWS), np.int16)
         scale = np.zeros(ROWS, np.float32)
         for row in range(first, last):
-            visible = start + row // shared + 1
+            visible = start[b] + row // shared + 1
             r = row - first
             scale[r] = _encode_probabilities(scores[r, :visible], v_scale[b, h], ones_of, ones[:, r])
         sums = _block_sums(ones, v_words[b, h], head_dim, counts_of)
