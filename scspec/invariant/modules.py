@@ -1,4 +1,7 @@
-"""Modules that replace a model's leaves: norm, activation, rotary tables."""
+"""Modules that replace a model's leaves: norm, activation, rotary tables. Each runs where its input is.
+
+On the CPU float32; on a GPU float32, float16 or bfloat16. Triton is loaded when the first GPU tensor arrives.
+"""
 
 import numpy as np
 import torch
@@ -8,7 +11,7 @@ from scspec.invariant import cpu
 
 
 class InvariantRMSNorm(nn.Module):
-    """RMSNorm whose rows do not depend on their neighbours. x float32 (..., D) -> (..., D)."""
+    """RMSNorm whose rows do not depend on their neighbours. x (..., D) -> (..., D)."""
 
     def __init__(self, weight: torch.Tensor, eps: float):
         super().__init__()
@@ -16,36 +19,60 @@ class InvariantRMSNorm(nn.Module):
         self.eps = np.float32(eps)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1]).numpy()
-        return torch.from_numpy(cpu.rms_norm(rows, self.weight.numpy(), self.eps)).view(x.shape)
+        rows = x.reshape(-1, x.shape[-1])
+        if x.is_cuda:
+            return _gpu().rms_norm(rows, self.weight, float(self.eps)).view(x.shape)
+        return torch.from_numpy(cpu.rms_norm(rows.numpy(), self.weight.numpy(), self.eps)).view(x.shape)
 
 
 class InvariantSiLU(nn.Module):
     """SiLU in one loop: no difference between vector bodies and scalar tails."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda:
+            return _gpu().silu(x.reshape(-1, x.shape[-1])).view(x.shape)
         return torch.from_numpy(cpu.silu(x.reshape(-1).numpy())).view(x.shape)
 
 
 class InvariantRotary(nn.Module):
-    """Rotary embedding (Su et al. 2021) from a table indexed by position; an entry depends on its position alone."""
+    """Rotary embedding (Su et al. 2021) from a table indexed by position; an entry depends on its position alone.
 
-    def __init__(self, inv_freq: torch.Tensor, attention_scaling: float):
+    positions: how many the table holds on a GPU, where growing it would wait for the device. On the CPU it grows.
+    """
+
+    def __init__(self, inv_freq: torch.Tensor, attention_scaling: float, positions: int = 0):
         super().__init__()
-        self.inv_freq = nn.Buffer(inv_freq.detach().float().clone(), persistent=False)
+        self.inv_freq = inv_freq.detach().float().cpu().numpy()  # no buffer: .to(float16) would round it
         self.attention_scaling = np.float32(attention_scaling)
+        self.positions = positions
         self._cos = self._sin = torch.empty(0, 2 * inv_freq.numel())
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (cos, sin) float32 (B, T, head_dim) of position_ids int64 (B, T)."""
-        self._extend(int(position_ids.max()) + 1)
-        return self._cos[position_ids], self._sin[position_ids]
+        """Return (cos, sin) in x's dtype, on its device, (B, T, head_dim) of position_ids int64 (B, T).
 
-    def _extend(self, positions: int) -> None:
+        Raises ValueError on a GPU if the number of positions is not known.
+        """
+        if x.is_cuda and not self.positions:
+            raise ValueError("positions: a rotary table on a GPU needs its size when it is made")
+        cos, sin = self.table(self.positions if x.is_cuda else int(position_ids.max()) + 1, x.device)
+        return cos[position_ids].to(x.dtype), sin[position_ids].to(x.dtype)
+
+    def table(self, positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (cos, sin) float32 (at least `positions`, head_dim) on the device; once there, no copy is made."""
         held = self._cos.shape[0]
-        if positions <= held:
-            return
-        last = max(positions, 2 * held, 256)
-        cos, sin = cpu.rotary_table(self.inv_freq.numpy(), self.attention_scaling, held, last)
-        self._cos = torch.cat((self._cos, torch.from_numpy(cos)))
-        self._sin = torch.cat((self._sin, torch.from_numpy(sin)))
+        if positions > held:
+            last = max(positions, 2 * held, 256)
+            new = cpu.rotary_table(self.inv_freq, self.attention_scaling, held, last)
+            self._cos, self._sin = (
+                torch.cat((old.cpu(), torch.from_numpy(rows)))
+                for old, rows in zip((self._cos, self._sin), new, strict=True)
+            )
+        self._cos, self._sin = self._cos.to(device), self._sin.to(device)
+        return self._cos, self._sin
+
+
+def _gpu():
+    """Return the GPU's kernels."""
+    from scspec.invariant import triton
+
+    return triton

@@ -1,0 +1,480 @@
+"""The GPU kernels, in Triton's interpreter where there is no GPU: accurate to derived bounds, every row the same bits.
+
+u = 2**-24 is float32's unit roundoff, gamma(n) = n u / (1 - n u) (Higham 2002, section 3.1), the dtype's own unit
+roundoff comes with the last rounding. A float64 reference counts as exact. Outputs are poisoned before they are
+written.
+"""
+
+import inspect
+
+import pytest
+import torch
+from compile_sm90 import compiled
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU
+from scspec.invariant import triton as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+U = 2.0**-24
+WIDTHS = (576, 40, 130)
+COUNTS = (*range(1, 18), 33)
+
+
+def gamma(n):
+    return n * U / (1 - n * U)
+
+
+def rounding(exact, dtype):
+    """Return what one rounding to dtype may add: half its epsilon, or half the smallest subnormal."""
+    info = torch.finfo(dtype)
+    return exact.abs() * (info.eps / 2) + info.tiny * info.eps / 2
+
+
+def exp_error(x):
+    """Return the relative error of exp(x): x log2(e) rounds twice (2 u |x|), exp2 is good to 2 ulp (4 u)."""
+    return torch.expm1(2 * U * x.abs()) + 4 * U
+
+
+def normal(*shape, seed=0, scale=1.0, dtype=torch.float32):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return x.to(dtype).to(DEVICE)
+
+
+def starts(*positions):
+    return torch.tensor(positions, dtype=torch.int32, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """What torch.empty returns is not a number until something writes it."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, _plain=plain, **k: _plain(*a, **k).fill_(float("nan")))
+
+
+def assert_within(out, exact, bound):
+    assert not out.isnan().any()
+    error = (out.double() - exact).abs()
+    assert (error <= bound).all(), f"off by {(error / bound).max():.2f} times the bound"
+
+
+def assert_rows_are_independent(function, *operands):
+    """Any number of first rows, and single rows from the middle (unaligned, for odd widths), give the same bits."""
+    whole = function(*operands)
+    for count in COUNTS:
+        assert torch.equal(function(*(x[:count] for x in operands)), whole[:count]), count
+    for row in (1, 16, 32):
+        assert torch.equal(function(*(x[row : row + 1] for x in operands)), whole[row : row + 1]), row
+
+
+# ---------------------------------------------------------------------------------------------- norm
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("width", [*WIDTHS, 1, 9000])
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_rms_norm(width, scale, dtype):
+    """Squares and their sum in any order: gamma(width), halved by the root; mean, + eps, root, 1 / root, two products
+    add gamma(6)."""
+    x, weight = normal(3, width, scale=scale, dtype=dtype), normal(width, seed=1, dtype=dtype)
+    wide = x.double()
+    exact = weight.double() * wide / torch.sqrt((wide**2).mean(dim=1, keepdim=True) + 1e-5)
+    bound = (gamma(width) / 2 + gamma(6)) * exact.abs()
+    assert_within(kernels.rms_norm(x, weight, 1e-5), exact, bound + rounding(exact.abs() + bound, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm_rows_are_independent(width, dtype):
+    x, delta, weight = (normal(33, width, seed=s, dtype=dtype) for s in range(3))
+    assert_rows_are_independent(lambda x: kernels.rms_norm(x, weight[0], 1e-5), x)
+    assert_rows_are_independent(lambda x, d: torch.stack(kernels.add_rms_norm(x, d, weight[0], 1e-5), 1), x, delta)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_add_rms_norm_is_the_two_steps(width, dtype):
+    x, delta, weight = normal(5, width, dtype=dtype), normal(5, width, seed=1, dtype=dtype), normal(width, dtype=dtype)
+    summed, normed = kernels.add_rms_norm(x, delta, weight, 1e-5)
+    assert torch.equal(summed, x + delta)
+    assert torch.equal(normed, kernels.rms_norm(x + delta, weight, 1e-5))
+    assert torch.equal(x, normal(5, width, dtype=dtype))
+
+
+# ---------------------------------------------------------------------------------------------- linear
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 576), (16, 40), (17, 130), (3, 1)])
+@pytest.mark.parametrize("columns", [1, 31, 130])
+def test_linear(rows, width, columns, dtype):
+    """Products and sums: gamma(width) |x| |w|, twice that for tensor cores, whose sums truncate."""
+    x, weight = normal(rows, width, dtype=dtype), normal(columns, width, seed=1, dtype=dtype)
+    exact = x.double() @ weight.double().T
+    bound = gamma(2 * width) * (x.double().abs() @ weight.double().abs().T)
+    out = kernels.linear(x, weight)
+    assert out.dtype == torch.float32
+    assert_within(out, exact, bound)
+    assert torch.equal(kernels.linear(x, weight, dtype), out.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_linear_rows_are_independent(width, dtype):
+    x, weight = normal(33, width, dtype=dtype), normal(50, width, seed=1, dtype=dtype)
+    assert_rows_are_independent(lambda x: kernels.linear(x, weight), x)
+
+
+# ---------------------------------------------------------------------------------------------- activation
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_silu(dtype):
+    """exp, 1 + exp and the division; beyond -88 the exact value is below 1e-36."""
+    x = torch.cat([torch.linspace(-100, 100, 2001), torch.tensor([0.0, -300.0, 300.0])]).to(dtype).to(DEVICE)[None]
+    wide = x.double()
+    exact = wide * torch.sigmoid(wide)
+    bound = (exp_error(wide.clamp(min=-88)) + 2 * U) * exact.abs() + 1e-35
+    assert_within(kernels.silu(x), exact, bound + rounding(exact.abs() + bound, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("width", [*WIDTHS, 1500])
+def test_silu_mul(width, dtype):
+    both = normal(33, 2 * width, scale=4, dtype=dtype)
+    gate, up = both[:, :width], both[:, width:]
+    expected = (kernels.silu(gate).float() * up.float()).to(dtype)
+    assert torch.equal(kernels.silu_mul(gate, up), expected)
+    assert torch.equal(kernels.silu_mul(gate.contiguous(), up.contiguous()), expected)
+    assert_rows_are_independent(kernels.silu_mul, gate, up)
+
+
+# ---------------------------------------------------------------------------------------------- softmax
+
+VISIBLE = (0, 1, 2, 63, 64, 1023, 1024, 1025, 2500)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_softmax(scale):
+    """The subtraction errs by u |difference|, exp by its own; the sum: gamma(size); the division: u."""
+    scores, visible = normal(len(VISIBLE), 2500, scale=scale), torch.tensor(VISIBLE, dtype=torch.int32, device=DEVICE)
+    out = kernels.softmax_rows(scores, visible)
+    for row, size in enumerate(VISIBLE):
+        assert not out[row, size:].any()
+        if size:
+            shifted = scores[row, :size].double() - scores[row, :size].double().max()
+            exact = torch.softmax(shifted, 0)
+            single = exp_error(shifted.clamp(min=-87)) + torch.expm1(U * shifted.abs())
+            assert_within(out[row, :size], exact, (single + single.max() + gamma(size + 4)) * exact + 1e-37)
+
+
+def test_softmax_sees_its_visible_keys_only():
+    """Alone or beside others, in any capacity, whatever lies beyond."""
+    counts = [*range(1, 34), 60, 64]
+    visible = torch.tensor(counts, dtype=torch.int32, device=DEVICE)
+    scores = normal(len(counts), 64, scale=4)
+    whole = kernels.softmax_rows(scores, visible)
+    wider = torch.full((len(counts), 1500), float("nan"), device=DEVICE)
+    wider[:, :64] = scores
+    out = kernels.softmax_rows(wider, visible)
+    assert torch.equal(out[:, :64], whole)
+    assert not out[:, 64:].any()
+    for row, count in enumerate(counts):
+        alone = kernels.softmax_rows(scores[row : row + 1, :count].contiguous(), visible[row : row + 1])
+        assert torch.equal(alone, whole[row : row + 1, :count])
+
+
+# ---------------------------------------------------------------------------------------------- attention
+
+
+def caches(batch, kv_heads, capacity, head_dim, written, dtype, beyond=float("nan")):
+    """Return keys, values (B, H_kv, capacity, head_dim), the same for every capacity, `beyond` where nothing is yet."""
+    out = []
+    for seed in (1, 2):
+        cache = torch.full((batch, kv_heads, capacity, head_dim), beyond, dtype=dtype, device=DEVICE)
+        rows = normal(batch, kv_heads, max(written), head_dim, seed=seed, dtype=dtype)
+        for b, count in enumerate(written):
+            cache[b, :, :count] = rows[b, :, :count]
+        out.append(cache)
+    return out
+
+
+def exact_attention(query, keys, values, start, scaling):
+    """Return (the exact result, a bound on its error), (B, T, H * head_dim) float64.
+
+    A score errs by (gamma(head_dim + 1) + u) |q| |k| scaling, the subtraction and exp by exp_error and u of what they
+    see; kept factors multiply once per block. Twice that in a ratio, gamma of the sums, and of the last division.
+    """
+    batch, count, heads, head_dim = query.shape
+    shared = heads // keys.shape[1]
+    exact = torch.zeros(batch, count, heads, head_dim, dtype=torch.float64, device=query.device)
+    bound = torch.zeros_like(exact)
+    for b in range(batch):
+        for t in range(count):
+            visible = int(start[b]) + t + 1
+            k, v = (x[b, :, :visible].double().repeat_interleave(shared, 0) for x in (keys, values))
+            q = query[b, t].double()[:, None]
+            scores, magnitude = (q * k).sum(-1) * scaling, (q * k).abs().sum(-1) * scaling
+            probs = scores.softmax(-1)
+            delta = (gamma(head_dim + 1) + 2 * U) * magnitude.amax(-1, keepdim=True)
+            spread = scores.amax(-1, keepdim=True) - scores.amin(-1, keepdim=True)
+            steps = visible // kernels.KEY_BLOCK + 1
+            relative = torch.expm1(2 * delta) + 2 * (steps + 1) * exp_error(spread) + 2 * gamma(2 * visible + 8)
+            exact[b, t] = (probs[..., None] * v).sum(1)
+            bound[b, t] = relative * (probs[..., None] * v.abs()).sum(1)
+    return exact.flatten(2), bound.flatten(2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shared", [1, 3])
+@pytest.mark.parametrize("head_dim", [12, 64])
+def test_attention(shared, head_dim, dtype):
+    """Ragged starts; one block of keys, its edge, several; not a number wherever nothing is written."""
+    start, count = starts(0, 61, 140), 3
+    keys, values = caches(3, 2, 150, head_dim, [int(s) + count for s in start], dtype)
+    query = normal(3, count, 2 * shared, head_dim, dtype=dtype)
+    out = kernels.attention(query, keys, values, start, head_dim**-0.5)
+    assert out.dtype == dtype
+    exact, bound = exact_attention(query, keys, values, start, head_dim**-0.5)
+    assert_within(out, exact, bound + rounding(exact.abs() + bound, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("head_dim", [12, 64])
+def test_attention_of_partitions_changes_no_bit(head_dim, dtype):
+    """Rows at once or one by one, in any capacity, alone or beside others, contiguous or part of a wider tensor."""
+    start, count, room = starts(0, 40, 57), 7, (64, 512, 65)
+    query = normal(3, count, 4, head_dim, dtype=dtype)
+    written = [int(s) + count for s in start]
+    whole = kernels.attention(query, *caches(3, 2, room[0], head_dim, written, dtype), start, 0.2)
+    for capacity in room:
+        cache = caches(3, 2, capacity, head_dim, written, dtype)
+        singly = [kernels.attention(query[:, t : t + 1], *cache, start + t, 0.2) for t in range(count)]
+        assert torch.equal(torch.cat(singly, 1), whole)
+        for b in range(3):
+            alone = kernels.attention(query[b : b + 1], *(x[b : b + 1] for x in cache), start[b : b + 1], 0.2)
+            assert torch.equal(alone, whole[b : b + 1])
+    wider = torch.full((3, count, 9, head_dim), float("nan"), dtype=dtype, device=DEVICE)
+    wider[:, :, 2:6] = query
+    assert torch.equal(kernels.attention(wider[:, :, 2:6], *cache, start, 0.2), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_write_kv(dtype):
+    """Each row at its own place; nothing else is touched, and nothing is written beyond the capacity."""
+    both = normal(2, 4, 6, 20, dtype=dtype)
+    key, value = both[:, :, :3], both[:, :, 3:]
+    keys, values = (torch.full((2, 3, 9, 20), -7.0, dtype=dtype, device=DEVICE) for _ in range(2))
+    guarded = torch.full((2 * 3 * 9 * 20 + 400,), -7.0, dtype=dtype, device=DEVICE)
+    keys = guarded[:-400].view(2, 3, 9, 20)
+    start = starts(2, 7)
+    kernels.write_kv(key, value, keys, values, start)
+    for new, cache in ((key, keys), (value, values)):
+        expected = torch.full_like(cache, -7.0)
+        expected[0, :, 2:6] = new[0].transpose(0, 1)
+        expected[1, :, 7:9] = new[1, :2].transpose(0, 1)
+        assert torch.equal(cache, expected)
+    assert (guarded[-400:] == -7).all()
+
+
+# ---------------------------------------------------------------------------------------------- rotary
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("head_dim", [2, 12, 64])
+def test_rotary(head_dim, dtype):
+    """Hugging Face's formula in float32, rounded once, bit for bit; in place, strided, ragged, one by one."""
+    cos, sin = InvariantRotary(0.3 ** torch.arange(head_dim // 2), 1.0)(torch.empty(1), torch.arange(50)[None])
+    cos, sin = cos[0].to(DEVICE), sin[0].to(DEVICE)
+    wide = normal(2, 4, 7, head_dim, dtype=dtype)
+    x, start = wide[:, :, 1:6], starts(0, 45)
+    at = start[:, None] + torch.arange(4, device=DEVICE)
+    turned = x.float().transpose(1, 2)
+    expected = apply_rotary_pos_emb(turned, turned, cos[at], sin[at])[0].transpose(1, 2).to(dtype)
+    out = kernels.rotary(x, cos, sin, start)
+    assert torch.equal(out, expected)
+    singly = [kernels.rotary(x[:, t : t + 1], cos, sin, start + t) for t in range(4)]
+    assert torch.equal(torch.cat(singly, 1), out)
+    assert torch.equal(kernels.rotary(x[1:], cos, sin, start[1:]), out[1:])
+    untouched = wide.clone()
+    assert kernels.rotary(x, cos, sin, start, out=x) is x
+    assert torch.equal(x, expected)
+    untouched[:, :, 1:6] = expected
+    assert torch.equal(wide, untouched)
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
+def test_wrong_operands_are_refused():
+    x, start = normal(2, 8), starts(0, 0)
+    cache = torch.zeros(2, 2, 8, 4, device=DEVICE)
+    query = normal(2, 1, 4, 4)
+    calls = [
+        lambda: kernels.rms_norm(x, x[0, :7], 1e-5),
+        lambda: kernels.add_rms_norm(x, x[:1], x[0], 1e-5),
+        lambda: kernels.linear(x, x.half()),
+        lambda: kernels.linear(x, x[:, :7]),
+        lambda: kernels.silu_mul(x, x[:, :7]),
+        lambda: kernels.silu(x.T),
+        lambda: kernels.softmax_rows(x, start.long()),
+        lambda: kernels.attention(query, cache, cache, start.long(), 1.0),
+        lambda: kernels.attention(query, cache, cache.transpose(2, 3), start, 1.0),
+        lambda: kernels.attention(query[:, :, :3], cache, cache, start, 1.0),
+        lambda: kernels.write_kv(query, query, cache, cache, start),
+        lambda: kernels.write_kv(query[:, :, :2].half(), query[:, :, :2], cache, cache, start),
+        lambda: kernels.rotary(query, x[:, :3], x[:, :3], start),
+        lambda: kernels.rotary(query, x[:, :4], x[:, :4], start),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"\w"):
+            call()
+    assert [x.shape for x in (kernels.rms_norm(x[:0], x[0], 1e-5), kernels.linear(x[:0], x))] == [(0, 8), (0, 2)]
+
+
+# ---------------------------------------------------------------------------------------------- modules
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_modules_on_a_gpu(dtype):
+    x = normal(2, 3, 64, dtype=dtype)
+    norm = InvariantRMSNorm(normal(64, seed=1, dtype=dtype), 1e-5)
+    assert torch.equal(norm(x).view(6, 64), kernels.rms_norm(x.view(6, 64), norm.weight, 1e-5))
+    assert torch.equal(InvariantSiLU()(x).view(6, 64), kernels.silu(x.view(6, 64)))
+    rotary = InvariantRotary(0.3 ** torch.arange(32), 1.0, positions=300).to(DEVICE, dtype)
+    ids = torch.tensor([[3, 299], [0, 41]])
+    ours = rotary(x, ids.to(DEVICE))
+    on_cpu = InvariantRotary(0.3 ** torch.arange(32), 1.0)(torch.empty(1), ids)
+    for out, expected in zip(ours, on_cpu, strict=True):
+        assert torch.equal(out.cpu(), expected.to(dtype))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_kernels_in_a_graph(dtype):
+    """One captured graph serves every position; nothing in it waits for the device."""
+    x, weight, start = normal(4, 64, dtype=dtype), normal(64, 64, seed=1, dtype=dtype), starts(0, 0)
+    cos, sin = normal(40, 32), normal(40, 32, seed=1)
+    keys, values = (torch.zeros(2, 1, 40, 32, dtype=dtype, device=DEVICE) for _ in range(2))
+
+    def step():
+        summed, normed = kernels.add_rms_norm(x, x, weight[0], 1e-5)
+        heads = kernels.linear(normed, weight, dtype).view(2, 2, 2, 32)
+        turned = kernels.rotary(heads, cos, sin, start)
+        kernels.write_kv(turned[:, :, :1], heads[:, :, 1:], keys, values, start)
+        mixed = kernels.attention(turned, keys, values, start, 0.2).view(4, 64)
+        return kernels.silu_mul(mixed, summed)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for position in (0, 2, 38):
+        start.fill_(position)
+        graph.replay()
+        assert torch.equal(captured, step())
+
+
+# ---------------------------------------------------------------------------------------------- binaries for sm_90
+
+
+def launches():
+    """Return name -> function: each launches one class of each kernel with every row count, capacity and position.
+
+    Two names where a switch of the kernel makes two classes. Run by compile_sm90, which counts the binaries.
+    """
+    return {
+        f"{function.__name__} {name}": lambda function=function, dtype=dtype: function(dtype)
+        for name, dtype in DTYPES.items()
+        for function in (_norms, _add_norms, _linears, _lm_heads, _silus, _silu_muls, _attentions, _rotaries)
+    } | {"_softmaxes": _softmaxes, "_edges": _edges}
+
+
+def _rows(dtype, width=576):
+    """Yield x of every row count, and of one row in the middle."""
+    x = torch.zeros(33, width, dtype=dtype)
+    yield from (x[:count] for count in COUNTS)
+    yield x[5:6]
+
+
+def _norms(dtype):
+    for width in (576, 130):
+        for x in _rows(dtype, width):
+            kernels.rms_norm(x, x[0].clone(), 1e-5)
+
+
+def _add_norms(dtype):
+    for x in _rows(dtype):
+        kernels.add_rms_norm(x, x, x[0], 1e-5)
+
+
+def _linears(dtype):
+    for x in _rows(dtype):
+        kernels.linear(x, torch.zeros(48, 576, dtype=dtype), dtype)
+
+
+def _lm_heads(dtype):
+    for x in _rows(dtype):
+        kernels.linear(x, torch.zeros(16384, 576, dtype=dtype))
+
+
+def _silus(dtype):
+    for x in _rows(dtype):
+        kernels.silu(x)
+
+
+def _silu_muls(dtype):
+    for x in _rows(dtype):
+        kernels.silu_mul(x[:, :288], x[:, 288:])
+
+
+def _softmaxes():
+    for size in (64, 65, 512, 1):
+        for count in COUNTS:
+            kernels.softmax_rows(torch.zeros(count, size), torch.zeros(count, dtype=torch.int32))
+
+
+def _attentions(dtype):
+    starts = torch.zeros(8, dtype=torch.int32)
+    for batch, count, capacity in ((1, 1, 64), (1, 5, 65), (3, 1, 512), (2, 16, 16), (1, 1, 1)):
+        qkv = torch.zeros(batch, count, 8, 64, dtype=dtype)
+        keys, values = torch.zeros(2, batch, 2, capacity, 64, dtype=dtype)
+        for first in (0, 1):
+            start = starts[first : first + batch]
+            kernels.write_kv(qkv[:, :, 4:6], qkv[:, :, 6:], keys, values, start)
+            kernels.attention(qkv[:, :, :4], keys, values, start, 0.125)
+
+
+def _rotaries(dtype):
+    starts = torch.zeros(8, dtype=torch.int32)
+    for batch, count, positions in ((1, 1, 64), (1, 5, 65), (3, 1, 512), (2, 16, 1)):
+        x, table = torch.zeros(batch, count, 8, 64, dtype=dtype), torch.zeros(positions, 64)
+        for first in (0, 1):
+            kernels.rotary(x[:, :, :4], table, table, starts[first : first + batch])
+            kernels.rotary(x[:, :, :4], table, table, starts[first : first + batch], out=x[:, :, :4])
+
+
+def _edges():
+    """Sizes of 1, which Triton turns into constants: they must compile too."""
+    x = torch.zeros(1, 1, dtype=torch.float16)
+    kernels.rms_norm(x, x[0], 1e-5)
+    kernels.linear(x, x)
+    kernels.silu_mul(x, x)
+    one, start = torch.zeros(1, 1, 1, 2, dtype=torch.float16), torch.zeros(1, dtype=torch.int32)
+    kernels.write_kv(one, one, one, one, start)
+    kernels.attention(one, one, one, start, 1.0)
+    kernels.rotary(one, torch.zeros(1, 2), torch.zeros(1, 2), start)
+
+
+def test_one_binary_serves_every_row_count():
+    """Every kernel compiles for sm_90; a class (dtype, width, switch) has one binary, whatever the rows."""
+    binaries = compiled("test_invariant_triton")
+    every = {name for name, item in inspect.getmembers(kernels) if name.endswith("_kernel") and callable(item)}
+    assert every == {kernel for counts in binaries.values() for kernel in counts}
+    for name, counts in binaries.items():
+        for kernel, count in counts.items():
+            assert count == (2 if name.startswith("_norms") else 1), (name, kernel)  # _norms: two widths
