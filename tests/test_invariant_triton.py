@@ -267,9 +267,8 @@ def test_write_kv(dtype):
     """Each row at its own place; nothing else is touched, and nothing is written beyond the capacity."""
     both = normal(2, 4, 6, 20, dtype=dtype)
     key, value = both[:, :, :3], both[:, :, 3:]
-    keys, values = (torch.full((2, 3, 9, 20), -7.0, dtype=dtype, device=DEVICE) for _ in range(2))
-    guarded = torch.full((2 * 3 * 9 * 20 + 400,), -7.0, dtype=dtype, device=DEVICE)
-    keys = guarded[:-400].view(2, 3, 9, 20)
+    guarded = torch.full((2, 2 * 3 * 9 * 20 + 400), -7.0, dtype=dtype, device=DEVICE)
+    keys, values = (row[:-400].view(2, 3, 9, 20) for row in guarded)
     start = starts(2, 7)
     kernels.write_kv(key, value, keys, values, start)
     for new, cache in ((key, keys), (value, values)):
@@ -277,7 +276,7 @@ def test_write_kv(dtype):
         expected[0, :, 2:6] = new[0].transpose(0, 1)
         expected[1, :, 7:9] = new[1, :2].transpose(0, 1)
         assert torch.equal(cache, expected)
-    assert (guarded[-400:] == -7).all()
+    assert (guarded[:, -400:] == -7).all()
 
 
 # ---------------------------------------------------------------------------------------------- rotary
