@@ -89,6 +89,7 @@ class Experiment:
     dtype: str
     backend: str
     threads_per_cell: int
+    prompts_per_batch: int
     demonstration: bool
     settings: dict[str, Any] = field(hash=False)
 
@@ -104,7 +105,7 @@ def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
     _check_schema(settings)
     _check_finite(settings)
     _check_across(settings)
-    plain = ("prompt_file", "prompt_limit", "max_new_tokens", "device", "dtype", "backend")
+    plain = ("prompt_file", "prompt_limit", "max_new_tokens", "device", "dtype", "backend", "prompts_per_batch")
     axes = ("stoc_len", "sc_prec", "gamma", "sc_seed", "sampling_seed")
     return Experiment(
         pairs=tuple(

@@ -3,8 +3,10 @@
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 
 import numba
@@ -13,7 +15,7 @@ from tqdm import tqdm
 
 from scspec import provenance
 from scspec.cells import Cell, Side
-from scspec.decoding import Block, CachedScorer, Draws, SamplingConfig, decode_blocks, key_from
+from scspec.decoding import Block, CachedScorer, Conversation, Draws, SamplingConfig, Turn, decode_batch, key_from
 from scspec.hardware import sc_mac_share
 from scspec.models import check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
 from scspec.patching import knobs_of
@@ -23,11 +25,12 @@ from scspec.sc.knobs import PRESETS, resolve_knobs
 from scspec.sc.matmul import resolve_backend
 
 
-def run_cell(cell: Cell, output: Path, *, threads: int = 1) -> None:
+def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: int = 1) -> None:
     """Decode the cell's prompts and write its Parquet file (docs/architecture.md, "Seam 3") to `output`.
 
-    Everything cheap is checked before a model is loaded: ValueError names what is wrong. `threads` changes no result.
-    Progress goes to stderr. Sets the process's thread counts.
+    Everything cheap is checked before a model is loaded: ValueError names what is wrong. `prompts_per_batch` prompts
+    are decoded side by side; neither that nor `threads` changes a result, wall times apart. Progress goes to stderr.
+    Sets the process's thread counts.
     """
     started_at, began_s = datetime.now(UTC), time.perf_counter()
     prompts = _checked_prompts(cell)
@@ -38,9 +41,9 @@ def run_cell(cell: Cell, output: Path, *, threads: int = 1) -> None:
     limit = min(context_limit(side.model) for side in (cell.target, cell.draft))
     for prompt in prompts:  # a later turn's length is known when the turns before it are decoded
         _check_length(cell, prompt, 0, len(encode_turn(tokenizer, [], prompt.turns[0])), limit)
-    run = _Run(cell, prompts, tokenizer, _load(cell.target), _load(cell.draft))
+    run = _Run(cell, prompts, tokenizer, _load(cell.target), _load(cell.draft), prompts_per_batch)
     provenance_of_run = run.metadata()  # before the expensive part: what cannot be said must not lose results
-    rows = list(run.rows())
+    rows = run.rows()
     metadata = {
         **provenance_of_run,
         "prompts": run.prompt_metadata(),
@@ -72,15 +75,14 @@ def _check_cell(cell: Cell) -> None:
     check_vocabularies(cell.target.model, cell.draft.model)
 
 
-def _check_length(cell: Cell, prompt: Prompt, turn: int, tokens: int, limit: int) -> int:
-    """Return how many cache positions the turn needs; ValueError if the models have fewer."""
+def _check_length(cell: Cell, prompt: Prompt, turn: int, tokens: int, limit: int) -> None:
+    """Raise ValueError if the models have fewer positions than the turn needs."""
     needed = tokens + cell.max_new_tokens + cell.gamma + 1
     if needed > limit:
         raise ValueError(
             f"prompt {prompt.prompt_id!r}, turn {turn}: {tokens} tokens, {cell.max_new_tokens} new ones and a block "
             f"need {needed} positions; the models have {limit}"
         )
-    return needed
 
 
 def _overrides(side: Side) -> dict:
@@ -94,51 +96,57 @@ def _load(side: Side):
 class _Run:
     """The loaded models of a cell and what comes of decoding its prompts."""
 
-    def __init__(self, cell: Cell, prompts: list[Prompt], tokenizer, target, draft):
+    def __init__(self, cell: Cell, prompts: list[Prompt], tokenizer, target, draft, prompts_per_batch: int):
         self.cell, self.prompts, self.tokenizer = cell, prompts, tokenizer
         self.target, self.draft = target, draft
+        self.prompts_per_batch = prompts_per_batch
         self.sampling = SamplingConfig(**vars(cell.sampling))
         self.eos_token_ids = _eos_token_ids(target, tokenizer)
-        self.prompt_ids: list[list[int]] = []
+        self.prompt_ids: list[list[list[int]]] = [[] for _ in prompts]  # by prompt and turn
 
-    def rows(self) -> Iterator[dict]:
-        """Yield one row of the Parquet schema per block, prompt by prompt, turn by turn."""
-        keys = self._keys()
-        turns = sum(len(prompt.turns) for prompt in self.prompts)
-        total = turns * self.cell.max_new_tokens
+    def rows(self) -> list[dict]:
+        """Return one row of the Parquet schema per block, by prompt, turn and block, in whatever order they come."""
+        keys, rows, block_numbers = self._keys(), [[] for _ in self.prompts], defaultdict(count)
+        total = sum(len(prompt.turns) for prompt in self.prompts) * self.cell.max_new_tokens
         with tqdm(total=total, unit="tok", desc=self.cell.id, file=sys.stderr, mininterval=1) as progress:
-            for prompt in self.prompts:
-                yield from self._prompt_rows(prompt, keys, progress)
+            for index, turn, block in self._blocks():
+                prompt, tokens = self.prompts[index], len(self.prompt_ids[index][turn])
+                where = {"prompt_id": prompt.prompt_id, "category": prompt.category, "turn": turn}
+                numbers = {"prompt_tokens": tokens, "block": next(block_numbers[index, turn])}
+                rows[index].append({**keys, **where, **numbers, **_block_row(block)})
+                left = self.cell.max_new_tokens - (block.start - tokens)
+                progress.update(left if block.stop else block.kept)
+        return list(chain.from_iterable(rows))
 
-    def _prompt_rows(self, prompt: Prompt, keys: dict, progress: tqdm) -> Iterator[dict]:
-        history: list[dict] = []
+    def _blocks(self) -> Iterator[tuple[int, int, Block]]:
+        slots, capacity = min(self.prompts_per_batch, len(self.prompts)), self._capacity()
+        return decode_batch(
+            CachedScorer(self.target, capacity, slots),
+            CachedScorer(self.draft, capacity, slots),
+            [self._conversation(prompt, ids) for prompt, ids in zip(self.prompts, self.prompt_ids, strict=True)],
+            gamma=self.cell.gamma,
+            sampling=self.sampling,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def _conversation(self, prompt: Prompt, prompt_ids: list[list[int]]) -> Conversation:
+        """Yield the prompt's turns, each after the reply to the one before, and append their ids to `prompt_ids`."""
+        cell, history = self.cell, []
+        limit = min(model.config.max_position_embeddings for model in (self.target, self.draft))
         for turn, text in enumerate(prompt.turns):
             ids = encode_turn(self.tokenizer, history, text)
-            self.prompt_ids.append(ids)
-            where = {"prompt_id": prompt.prompt_id, "category": prompt.category, "turn": turn}
-            new_ids: list[int] = []
-            for index, block in enumerate(self._blocks(prompt, turn, ids)):
-                new_ids += block.emitted[: block.kept]
-                progress.update(block.kept)
-                yield {**keys, **where, "prompt_tokens": len(ids), "block": index, **_block_row(block)}
-            progress.update(self.cell.max_new_tokens - len(new_ids))
+            _check_length(cell, prompt, turn, len(ids), limit)
+            prompt_ids.append(ids)
+            draws = Draws(key_from(cell.sampling_seed, prompt.prompt_id, turn))
+            new_ids = yield Turn(ids, cell.max_new_tokens, draws)
             reply = self.tokenizer.decode(new_ids, skip_special_tokens=True)
             history += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
-    def _blocks(self, prompt: Prompt, turn: int, ids: list[int]) -> Iterator[Block]:
+    def _capacity(self) -> int:
+        """Return the positions that the longest prompt is likely to need; replies may encode to more tokens again."""
         cell = self.cell
-        limit = min(model.config.max_position_embeddings for model in (self.target, self.draft))
-        capacity = _check_length(cell, prompt, turn, len(ids), limit)
-        return decode_blocks(
-            CachedScorer(self.target, capacity),
-            CachedScorer(self.draft, capacity),
-            ids,
-            max_new_tokens=cell.max_new_tokens,
-            gamma=cell.gamma,
-            sampling=self.sampling,
-            eos_token_ids=self.eos_token_ids,
-            draws=Draws(key_from(cell.sampling_seed, prompt.prompt_id, turn)),
-        )
+        asked = [[len(encode_turn(self.tokenizer, [], text)) for text in prompt.turns] for prompt in self.prompts]
+        return max(sum(turns) + len(turns) * cell.max_new_tokens for turns in asked) + cell.gamma
 
     def _keys(self) -> dict:
         cell = self.cell
@@ -189,7 +197,7 @@ class _Run:
             "file": self.cell.prompt_file,
             "sha256": self.cell.prompt_sha256,
             "count": len(self.prompts),
-            "token_ids_sha256": token_ids_sha256(self.prompt_ids),
+            "token_ids_sha256": token_ids_sha256(list(chain.from_iterable(self.prompt_ids))),
         }
 
 

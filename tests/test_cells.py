@@ -332,8 +332,8 @@ def test_greedy_cells_do_not_depend_on_the_settings_of_sampling() -> None:
     assert sampled.sampling.temperature == 0.5
 
 
-def test_the_thread_count_is_not_part_of_a_cell() -> None:
-    assert cells_of(threads_per_cell=2) == cells_of(threads_per_cell=1)
+def test_what_changes_no_result_is_not_part_of_a_cell() -> None:
+    assert cells_of(threads_per_cell=2, prompts_per_batch=4) == cells_of(threads_per_cell=1, prompts_per_batch=1)
 
 
 def test_the_plan_names_every_cell_and_what_cannot_exist() -> None:

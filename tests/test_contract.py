@@ -4,6 +4,7 @@ The whole matrix is marked `full`; what runs by default is a slice of it. `check
 that the mutants at the end can show that replacing a norm or the LM head by torch's own turns them red.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -16,6 +17,8 @@ from scspec.decoding import (
     CachedScorer,
     Draws,
     SamplingConfig,
+    Turn,
+    decode_batch,
     decode_blocks,
     generate,
     generate_autoregressive,
@@ -82,6 +85,23 @@ def check_partition(model, ids, sizes, capacity=64):
     assert torch.equal(torch.cat(pieces, dim=1), whole)
 
 
+def check_batch(target, draft, prompts, sampling, gamma, slots, new_tokens=NEW_TOKENS, capacity=64):
+    """Decoded side by side with more prompts than slots, each prompt's blocks are those it has alone."""
+    scorers = [CachedScorer(model, capacity, slots) for model in (target, draft)]
+    turns = [(turn for turn in [Turn(ids, new_tokens - 3 * i, Draws(0))]) for i, ids in enumerate(prompts)]
+    arguments = {"gamma": gamma, "sampling": sampling, "eos_token_ids": frozenset()}
+    found = [[] for _ in prompts]
+    for index, _, block in decode_batch(*scorers, turns, **arguments):
+        found[index].append(untimed(block))
+    for i, ids in enumerate(prompts):
+        blocks = speculate(target, draft, ids, sampling, gamma, new_tokens - 3 * i, capacity)[1]
+        assert found[i] == [untimed(block) for block in blocks]
+
+
+def untimed(block):
+    return dataclasses.replace(block, draft_time_s=0, verify_time_s=0)
+
+
 def random_partition(length: int, seed: int) -> list[int]:
     generator, sizes = np.random.default_rng(seed), []
     while sum(sizes) < length:
@@ -123,6 +143,11 @@ def test_threads_and_batches_change_no_bit(target, tokenizer, threads):
             alone = torch.cat([target(input_ids=ids[None]).logits for ids in batch])
             rows += [together, alone]
     assert all(torch.equal(rows[0], other) for other in rows[1:])
+
+
+def test_a_batch_is_its_prompts_alone(target, tokenizer):
+    draft = load_model("smollm2-135m", sc_overrides={"sc_stoc_len": 64})
+    check_batch(target, draft, [encode(tokenizer, prompt) for prompt in PROMPTS], GREEDY, 3, slots=2, new_tokens=10)
 
 
 def test_float_arms_are_exact_too(tokenizer):
@@ -168,6 +193,15 @@ def test_cache_free_generation_full(target, twin, tokenizer, gamma):
         free, free_stats = generate(target, twin, input_ids, **arguments)
         assert torch.equal(cached, free)
         assert stats.acceptance_rate == free_stats.acceptance_rate == 1.0
+
+
+@full
+@pytest.mark.parametrize("gamma", [1, 2, 4, 8])
+def test_a_batch_is_its_prompts_alone_full(target, tokenizer, gamma):
+    draft = load_model("smollm2-135m", sc_overrides={"sc_stoc_len": 64})
+    ids = [encode(tokenizer, prompt) for prompt in (*PROMPTS, PROMPTS[0] + PROMPTS[2])]
+    for sampling, capacity, slots in itertools.product((GREEDY, SAMPLED), (64, 512), (2, 3, 4)):
+        check_batch(target, draft, ids, sampling, gamma, slots, capacity=capacity)
 
 
 @full

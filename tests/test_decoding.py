@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scspec.decoding import (
     Block,
     CachedScorer,
-    CacheFreeScorer,
     Draws,
     SamplingConfig,
     SpecDecodeStats,
@@ -253,14 +252,14 @@ def test_both_caches_hold_the_text_but_its_last_token_after_every_block():
 
 
 def test_beta_and_margin_belong_to_the_emitted_positions():
-    target, draft = CacheFreeScorer(target_model()), CacheFreeScorer(draft_model())
+    target, draft = target_model(), draft_model()
     text, stats = generate_cached(target_model(), draft_model(), PROMPT, max_new_tokens=40, gamma=3)
     assert 3 in stats.accepted_per_step
     betas = []
     for block in stats.blocks[:-1]:
         for i in range(len(block.emitted)):
-            before = text[0, : block.start + i].tolist()
-            p, q = target.logits(before, 1)[0], draft.logits(before, 1)[0]
+            before = text[:, : block.start + i]
+            p, q = (model(before, logits_to_keep=1).logits[0, 0].numpy() for model in (target, draft))
             assert block.beta[i] == float(p.argmax() == q.argmax())
             assert block.margin[i] == float(np.sort(p)[-1]) - float(np.sort(p)[-2])
             betas.append(block.beta[i])

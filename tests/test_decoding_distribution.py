@@ -10,9 +10,10 @@ from itertools import islice, pairwise, product
 
 import numpy as np
 import pytest
+import torch
 from fake_models import FakeLM
 
-from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_blocks, key_from, speculative
+from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_blocks, key_from, verification
 from scspec.decoding.sampling import COIN, RESIDUAL, TOKEN, accept, residual, warp
 
 SAMPLED = SamplingConfig(do_sample=True)
@@ -29,18 +30,23 @@ def law(table, last):
 class TableScorer:
     """Logits that depend on the token before, from a table of eighths."""
 
+    slots, device = 1, torch.device("cpu")
+
     def __init__(self, table):
         with np.errstate(divide="ignore"):
-            self.rows = np.log(np.array(table, dtype=np.float32) / 8)
+            self.rows = torch.from_numpy(np.log(np.array(table, dtype=np.float32) / 8))
 
-    def prefill(self, tokens):
+    def reserve(self, capacity):
+        return False
+
+    def prefill(self, slot, tokens):
         pass
 
-    def rollback(self, length):
+    def rollback(self, slot, length):
         pass
 
-    def logits(self, sequence, rows):
-        return self.rows[sequence[-rows:]]
+    def feed(self, ids, rows):
+        return self.rows[ids[:, -rows:]]
 
 
 def cells_of(breakpoints):
@@ -174,7 +180,7 @@ def verify_without_bonus(proposed, p, q, start, draws):
     return accepted, emitted[: len(proposed)]
 
 
-real_verify = speculative.verify
+real_verify = verification.verify
 MUTANTS = {
     "always accept": {"accept": lambda p_x, q_x, u: True},
     "p and q swapped": {
@@ -202,6 +208,6 @@ def test_emitted_law_is_the_target_law_over_real_draws(gamma):
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_broken_decoders_fail_the_checks(mutant, check, monkeypatch):
     for name, broken in MUTANTS[mutant].items():
-        monkeypatch.setattr(speculative, name, broken)
+        monkeypatch.setattr(verification, name, broken)
     with pytest.raises(AssertionError):
         check()

@@ -300,7 +300,8 @@ def test_attention_of_partitions_changes_no_bit(steps, threads):
             rows = cpu.attention(query[:, :, first:last].copy(), k, v, np.full(2, first), np.float32(0.2))
             assert rows.tobytes() == whole[:, first:last].tobytes()
             alone = [x[1:].copy() for x in (query[:, :, first:last], k, v)]
-            assert np.array_equal(cpu.attention(*alone, np.full(1, first), np.float32(0.2)), whole[1:, first:last])
+            rows = cpu.attention(*alone, np.full(1, first), np.float32(0.2))
+            assert rows.tobytes() == whole[1:, first:last].tobytes()
             first = last
 
 

@@ -11,7 +11,7 @@ from scspec.cells import expand
 from scspec.config import load_experiment
 from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_tokens, key_from
 from scspec.models import load_model, load_tokenizer
-from scspec.prompts import encode_turn
+from scspec.prompts import encode_turn, file_sha256
 from scspec.results import check_identities, read_cell
 
 PROMPTS = [
@@ -72,6 +72,24 @@ def test_a_run_again_and_on_two_threads_gives_the_same_rows(cells, tmp_path):
     first, _ = run_to(tmp_path / "1.parquet", cells["sc_sc"])
     second, _ = run_to(tmp_path / "2.parquet", cells["sc_sc"], threads=2)
     assert first.drop(columns=times).map(str).equals(second.drop(columns=times).map(str))
+
+
+@pytest.mark.parametrize("arm", ["sc_sc", "float_float"])
+def test_prompts_side_by_side_give_the_same_rows(cells, tmp_path, arm):
+    """More prompts than slots, of different lengths and numbers of turns; also more slots than prompts."""
+    texts = [["Hi"], *(prompt["turns"] for prompt in PROMPTS), ["Why? " * 9], ["No", "Yes", "No"]]
+    prompts = [{"question_id": str(i), "category": "letters", "turns": turns} for i, turns in enumerate(texts)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    cell = dataclasses.replace(cells[arm], prompt_file=str(file), prompt_sha256=file_sha256(str(file)))
+    runs = [run_to(tmp_path / f"{n}.parquet", cell, prompts_per_batch=n) for n in (1, 2, 3, 8)]
+    rows = [blocks.drop(columns=["draft_time_s", "verify_time_s"]).map(str) for blocks, _ in runs]
+    places = [(int(row.prompt_id), int(row.turn), int(row.block)) for row in rows[0].itertuples()]
+    assert places == sorted(places)
+    assert len({place[:2] for place in places}) == sum(map(len, texts))
+    for found, (_, metadata) in zip(rows[1:], runs[1:], strict=True):
+        assert found.equals(rows[0])
+        assert metadata["prompts"] == runs[0][1]["prompts"]
 
 
 def test_identity_is_exactly_one_and_its_text_the_targets(cells, tmp_path):

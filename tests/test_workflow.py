@@ -30,8 +30,9 @@ STUBS = {
 import os
 from scspec import note
 
-def run_cell(cell, output, *, threads):
+def run_cell(cell, output, *, threads, prompts_per_batch):
     note(cell.id)
+    assert (threads, prompts_per_batch) == (1, 2)
     if cell.id == os.environ.get("STUB_FAILS"):
         raise RuntimeError("the stub was told to fail")
     output.write_text(cell.to_json())
@@ -63,6 +64,7 @@ CONFIG = {
     "stoc_len": [8],
     "gamma": [2],
     "prompt_file": "prompts.jsonl",
+    "prompts_per_batch": 2,
     "controls": {"arms": ["float_float", "identity"]},
 }
 GRID = ["tiny/sc_sc/L8_d6_p8_g2_s0_n0", "tiny/sc_sc/L8_d4_p8_g2_s0_n0"]
@@ -139,12 +141,12 @@ def test_a_first_run_builds_everything_once(first_run: tuple[Path, Counter, str]
     assert json.loads((folder / "results" / "models" / "a--b.json").read_text()) == {"name": "a/b"}
 
 
-def test_comments_and_the_thread_count_rerun_no_cell(built: Workflow) -> None:
+def test_comments_threads_and_prompts_per_batch_rerun_no_cell(built: Workflow) -> None:
     built.configure(comment="# another comment\n")
     calls, output = built.run()
     assert not calls
     assert "Nothing to be done" in output
-    built.configure(threads_per_cell=2)
+    built.configure(threads_per_cell=2, prompts_per_batch=3)
     assert built.run()[0] == Counter(["report"])  # it shows the settings
 
 

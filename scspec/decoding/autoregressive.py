@@ -46,12 +46,11 @@ def decode_tokens(
     draws: Draws,
 ) -> Iterator[int]:
     """Yields the new tokens one by one, the EOS that ends them included."""
-    sequence = list(prompt_ids)
-    scorer.prefill(sequence[:-1])
-    for _ in range(max_new_tokens):
-        probs = warp(scorer.logits(sequence, 1)[0], sampling)
-        token = draw(probs, draws.uniform(len(sequence), TOKEN))
-        sequence.append(token)
+    *before, token = prompt_ids
+    scorer.prefill(0, before)
+    for position in range(len(prompt_ids), len(prompt_ids) + max_new_tokens):
+        logits = scorer.feed(torch.tensor([[token]]), 1)[0, 0]
+        token = draw(warp(logits.cpu().numpy(), sampling), draws.uniform(position, TOKEN))
         yield token
         if token in eos_token_ids:
             return

@@ -1,6 +1,6 @@
 """The arguments of a `generate*` call, checked and normalised before any work is done."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +36,20 @@ class Request:
         prompt_ids = _prompt_ids(input_ids)
         eos_token_ids = _eos_token_ids(eos_token_id)
         return cls(prompt_ids, max_new_tokens, sampling, eos_token_ids, Draws(_key_of(generator)))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One text to decode: what it starts from, and its own budget and draws. Raises ValueError without a token."""
+
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    draws: Draws
+
+    def __post_init__(self):
+        check_at_least_one("max_new_tokens", self.max_new_tokens)
+        if not self.prompt_ids:
+            raise ValueError("prompt_ids is empty; allowed: at least one token id")
 
 
 def check_at_least_one(name: str, value: int) -> None:

@@ -1,94 +1,110 @@
-"""A token sequence -> the logits of its last positions. Two ways, one interface, equal bits by contract.
+"""Tokens in, logits out, for the slots of a batch. Two ways, one interface, equal bits by contract.
 
-Both take a `model` as in docs/architecture.md, "Seam 1". Tokens go to `model.device` where the model has one,
-else to the CPU; logits come back as numpy float32.
+A scorer holds one text in each of its `slots`. Both take a `model` as in docs/architecture.md, "Seam 1". Tokens go to
+`device`, the model's where it has one, else the CPU; logits are float32 and stay where the model left them.
 """
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 
 class CacheFreeScorer:
-    """Scores a sequence by running all of it: the slow way that cannot be wrong about a cache.
+    """Runs the whole text at every call: the slow way that cannot be wrong about a cache.
 
     `model` is any callable with `model(input_ids=(1, T) int64).logits` of shape (1, T, V).
     """
 
-    def __init__(self, model: Callable):
-        self.model = model
+    def __init__(self, model: Callable, slots: int = 1):
+        self.model, self.slots, self.device = model, slots, _device(model)
+        self.held = [_ids([], self.device)] * slots
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """Nothing to prepare."""
+    def reserve(self, capacity: int) -> bool:
+        """False: there is always room, and nothing is ever lost."""
+        return False
 
-    def rollback(self, length: int) -> None:
-        """Nothing to forget."""
+    def prefill(self, slot: int, tokens: Sequence[int]) -> None:
+        """Start over in one slot, with exactly `tokens` held (may be empty)."""
+        self.held[slot] = _ids(tokens, self.device)
 
-    def logits(self, sequence: Sequence[int], rows: int) -> np.ndarray:
-        """The logits (rows, V) float32 at the last `rows` positions of `sequence`.
+    def rollback(self, slot: int, length: int) -> None:
+        """Keep the first `length` tokens of one slot."""
+        self.held[slot] = self.held[slot][:length]
 
-        Raises ValueError unless `rows` is in 1..len(sequence) and the model returns what it should.
+    def feed(self, ids: torch.Tensor, rows: int) -> torch.Tensor:
+        """The logits (slots, rows, V) of the last `rows` tokens fed; `ids` is int64 (slots, T), T new tokens a slot.
+
+        Raises ValueError unless `rows` is in 1..T and the model returns what it should.
         """
-        _check_rows(sequence, rows)
-        return _forward(self.model, sequence, len(sequence), rows)
+        _check_rows(ids, rows)
+        self.held = [torch.cat(pair) for pair in zip(self.held, ids.to(self.device), strict=True)]
+        logits = [_forward(self.model, held[None], len(held)) for held in self.held]
+        return torch.cat([each[:, -rows:] for each in logits])
 
 
 class CachedScorer:
-    """Scores a sequence by feeding the model only what its cache does not hold.
+    """Feeds the model what is new; its cache of `slots` slots holds the rest. Raises ValueError for a model without."""
 
-    The cache is known by its length alone: the caller keeps the first `cache.lengths[0]` tokens of every sequence
-    it passes equal to those fed before, and says `rollback` when a tail of them was discarded.
-    """
-
-    def __init__(self, model: Callable, capacity: int):
+    def __init__(self, model: Callable, capacity: int, slots: int = 1):
         if not hasattr(model, "new_kv_cache"):
             raise ValueError(f"model is {type(model).__name__}; allowed: a model with new_kv_cache")
-        self.model = model
-        self.cache = model.new_kv_cache(1, capacity)
+        self.model, self.slots, self.device = model, slots, _device(model)
+        self.cache = model.new_kv_cache(slots, capacity)
 
-    def prefill(self, tokens: Sequence[int]) -> None:
-        """Start over with a cache that holds exactly `tokens` (may be empty)."""
-        self.cache.rollback(0, 0)
+    def reserve(self, capacity: int) -> bool:
+        """Whether room for `capacity` tokens a slot took a new cache: then no slot holds anything."""
+        if capacity <= self.cache.capacity:
+            return False
+        self.cache = None  # its memory goes before the new one comes
+        self.cache = self.model.new_kv_cache(self.slots, capacity)
+        return True
+
+    def prefill(self, slot: int, tokens: Sequence[int]) -> None:
+        """Start over in one slot, with exactly `tokens` held (may be empty); the other slots notice nothing."""
+        self.cache.rollback(slot, 0)
         if tokens:
-            self._feed(tokens, 1)
+            self._feed(self.cache.slot(slot), _ids(tokens, self.device)[None], 1)
 
-    def rollback(self, length: int) -> None:
-        """Keep at most the first `length` tokens."""
-        self.cache.rollback(0, min(self.cache.lengths[0], length))
+    def rollback(self, slot: int, length: int) -> None:
+        """Keep the first `length` tokens of one slot. Raises ValueError if it holds fewer."""
+        self.cache.rollback(slot, length)
 
-    def logits(self, sequence: Sequence[int], rows: int) -> np.ndarray:
-        """The logits (rows, V) float32 at the last `rows` positions of `sequence`.
+    def feed(self, ids: torch.Tensor, rows: int) -> torch.Tensor:
+        """The logits (slots, rows, V) of the last `rows` tokens fed; `ids` is int64 (slots, T), T new tokens a slot.
 
-        Positions whose logits are asked for are fed (again) even if the cache held them. Raises ValueError
-        unless `rows` is in 1..len(sequence), the sequence fits the cache and the model returns what it should.
+        Raises ValueError unless `rows` is in 1..T, the tokens fit the cache and the model returns what it should.
         """
-        _check_rows(sequence, rows)
-        self.rollback(len(sequence) - rows)
-        return self._feed(sequence[self.cache.lengths[0] :], rows)
+        _check_rows(ids, rows)
+        return self._feed(self.cache, ids.to(self.device), rows)
 
-    def _feed(self, tokens: Sequence[int], rows: int) -> np.ndarray:
-        expected = self.cache.lengths[0] + len(tokens)
-        logits = _forward(self.model, tokens, rows, rows, kv_cache=self.cache, logits_to_keep=rows)
-        if self.cache.lengths[0] != expected:
-            raise ValueError(f"the forward left the cache at length {self.cache.lengths[0]}; expected {expected}")
+    def _feed(self, cache, ids: torch.Tensor, rows: int) -> torch.Tensor:
+        expected = tuple(length + ids.shape[1] for length in cache.lengths)
+        logits = _forward(self.model, ids, rows, kv_cache=cache, logits_to_keep=rows)
+        if cache.lengths != expected:
+            raise ValueError(f"the forward left the cache at lengths {cache.lengths}; expected {expected}")
         return logits
 
 
-def _check_rows(sequence: Sequence[int], rows: int) -> None:
-    if not 1 <= rows <= len(sequence):
-        raise ValueError(f"rows is {rows}; allowed: 1..{len(sequence)} (the length of the sequence)")
+def _device(model: Callable) -> torch.device:
+    return torch.device(getattr(model, "device", "cpu"))
 
 
-def _forward(model: Callable, tokens: Sequence[int], returned: int, rows: int, **cache_arguments) -> np.ndarray:
-    """The last `rows` logits (rows, V) float32 of one forward over `tokens`, which must return `returned`
-    rows."""
-    input_ids = torch.tensor([tokens], dtype=torch.int64, device=getattr(model, "device", "cpu"))
+def _ids(tokens: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(tokens, dtype=torch.int64, device=device)
+
+
+def _check_rows(ids: torch.Tensor, rows: int) -> None:
+    if not 1 <= rows <= ids.shape[1]:
+        raise ValueError(f"rows is {rows}; allowed: 1..{ids.shape[1]} (the tokens fed to a slot)")
+
+
+def _forward(model: Callable, ids: torch.Tensor, rows: int, **cache_arguments) -> torch.Tensor:
+    """The logits (B, rows, V) float32 of one forward over `ids` (B, T), which must return that many rows."""
     with torch.no_grad():
-        logits = model(input_ids=input_ids, **cache_arguments).logits
-    if logits.ndim != 3 or logits.shape[:2] != (1, returned):
-        raise ValueError(f"the model returned logits of shape {tuple(logits.shape)}; expected (1, {returned}, V)")
-    return logits[0, -rows:].to("cpu", torch.float32).numpy()
+        logits = model(input_ids=ids, **cache_arguments).logits
+    if logits.ndim != 3 or logits.shape[:2] != (len(ids), rows):
+        raise ValueError(f"the model returned logits of shape {tuple(logits.shape)}; expected ({len(ids)}, {rows}, V)")
+    return logits.float()
 
 
 Scorer = CachedScorer | CacheFreeScorer

@@ -6,23 +6,34 @@ text.
 
 The token at absolute position i takes its TOKEN draw wherever it comes from (proposal, plain sampling,
 bonus). So a draft equal to its target emits exactly the text of plain sampling.
+
+Texts are decoded side by side, one a slot, and each accepts its own number of tokens. All slots are fed in step: one
+without a text gets `IDLE_TOKEN` and is put back. With models that keep the contract no text notices its neighbours.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
-from .request import Request, check_at_least_one, extended
-from .sampling import COIN, RESIDUAL, TOKEN, Draws, SamplingConfig, accept, beta, draw, margin, residual, warp
-from .scoring import CachedScorer, CacheFreeScorer, Scorer
+from .request import Turn
+from .sampling import Draws, SamplingConfig
+from .scoring import Scorer
+from .verification import Greedy, Sampled, Verdict
+
+IDLE_TOKEN = 0
+
+Conversation = Generator[Turn, list[int], None]
+"""Yields its turns; it is sent the new token ids of each one before it says what comes next."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """One target pass, as docs/architecture.md defines it in "Seam 2"; `proposed` are the gamma token ids."""
+    """One target pass, as docs/architecture.md defines it in "Seam 2"; `proposed` are the gamma token ids.
+
+    The times are this text's share of the batch's: divided by the number of texts decoded side by side.
+    """
 
     start: int
     proposed: tuple[int, ...]
@@ -36,9 +47,35 @@ class Block:
     verify_time_s: float
 
 
+def decode_batch(
+    target: Scorer,
+    draft: Scorer,
+    conversations: Iterable[Conversation],
+    *,
+    gamma: int,
+    sampling: SamplingConfig,
+    eos_token_ids: frozenset[int],
+) -> Iterator[tuple[int, int, Block]]:
+    """Yields (index of the conversation, index of the turn, Block) as blocks come; those of a conversation in order.
+
+    As many conversations as the scorers have slots are decoded at once, and a free slot takes the next one. A
+    conversation's blocks depend on itself alone. Whenever it yields, both scorers hold all tokens of every text but
+    the last one emitted. A text that needs more room than a scorer has makes it take a new cache, and what the other
+    slots held is fed again, to the same bits. Raises ValueError if the scorers have different numbers of slots, and at
+    the first pass if the models have different vocabularies.
+    """
+    if target.slots != draft.slots:
+        raise ValueError(f"draft has {draft.slots} slots; allowed: {target.slots}, the target's")
+    batch = _Batch(target, draft, enumerate(conversations), gamma, sampling, eos_token_ids)
+    while batch.refill():
+        blocks = batch.decode_block()
+        for slot, text in batch.texts.items():
+            yield text.conversation, text.turn, blocks[slot]
+
+
 def decode_blocks(
-    target_scorer: Scorer,
-    draft_scorer: Scorer,
+    target: Scorer,
+    draft: Scorer,
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
@@ -47,206 +84,176 @@ def decode_blocks(
     eos_token_ids: frozenset[int],
     draws: Draws,
 ) -> Iterator[Block]:
-    """Yields one Block per target pass until EOS or the budget.
+    """Yields one Block per target pass until EOS or the budget: `decode_batch` of one turn."""
+    conversation = (turn for turn in [Turn(prompt_ids, max_new_tokens, draws)])
+    arguments = {"gamma": gamma, "sampling": sampling, "eos_token_ids": eos_token_ids}
+    for _, _, block in decode_batch(target, draft, [conversation], **arguments):
+        yield block
 
-    Whenever it yields, both scorers hold all tokens but the last one emitted. Raises ValueError at the first
-    pass if target and draft have different vocabularies.
-    """
-    sequence = list(prompt_ids)
-    end = len(sequence) + max_new_tokens
-    for scorer in (target_scorer, draft_scorer):
-        scorer.prefill(sequence[:-1])
-    stop = None
-    while stop is None:
-        start = len(sequence)
-        began_s = time.perf_counter()
-        proposed, q = propose(draft_scorer, sequence, gamma, sampling, draws)
-        drafted_s = time.perf_counter()
-        logits = target_scorer.logits(sequence + proposed, gamma + 1)
-        _check_widths(logits.shape[1], len(q[0]))
-        p = [warp(row, sampling) for row in logits]
-        accepted, emitted = verify(proposed, p, q, start, draws)
-        verified_s = time.perf_counter()
-        emitted = _until_eos(emitted, eos_token_ids)
-        if len(emitted) > gamma:  # the bonus position has a beta too, and q there asks for the last proposal
-            q.append(warp(draft_scorer.logits(sequence + proposed, 1)[0], sampling))
-        ingested_s = time.perf_counter()
-        kept = min(len(emitted), end - start)
-        sequence += emitted
+
+def check_widths(target_size: int, draft_size: int) -> None:
+    """Raises ValueError for vocabularies of different sizes."""
+    if target_size != draft_size:
+        raise ValueError(f"draft has a vocabulary of {draft_size}; allowed: {target_size}, the target's")
+
+
+@dataclass
+class _Text:
+    """A turn of a conversation while a slot decodes it: `sequence` is prompt and emitted tokens, `end` its budget's."""
+
+    conversation: int
+    source: Conversation
+    turn: int
+    sequence: list[int]
+    end: int
+    draws: Draws
+    reply: list[int] = field(default_factory=list)
+    stop: str | None = None
+
+    def extend(self, emitted: list[int], eos_token_ids: frozenset[int]) -> int:
+        """Append a block's tokens, set `stop` and return how many of them lie within the budget."""
+        kept = min(len(emitted), self.end - len(self.sequence))
+        self.sequence += emitted
+        self.reply += emitted[:kept]
         if not eos_token_ids.isdisjoint(emitted[:kept]):
-            stop = "eos"
-        elif len(sequence) >= end:
-            stop = "budget"
-        for scorer in (target_scorer, draft_scorer):
-            scorer.rollback(len(sequence) - 1)
-        yield Block(
+            self.stop = "eos"
+        elif len(self.sequence) >= self.end:
+            self.stop = "budget"
+        return kept
+
+
+@dataclass
+class _Batch:
+    """What `decode_batch` works on; `texts` maps each slot in use to its text."""
+
+    target: Scorer
+    draft: Scorer
+    waiting: Iterator[tuple[int, Conversation]]
+    gamma: int
+    sampling: SamplingConfig
+    eos_token_ids: frozenset[int]
+    texts: dict[int, _Text] = field(default_factory=dict)
+
+    def refill(self) -> bool:
+        """Give each free slot its conversation's next turn or another conversation; whether any text is left."""
+        for slot in range(self.target.slots):
+            if slot not in self.texts or self.texts[slot].stop:
+                text = _next_text(self.texts.pop(slot, None), self.waiting)
+                for scorer in (self.target, self.draft):
+                    self._admit(scorer, slot, text)
+                if text:
+                    self.texts[slot] = text
+        return bool(self.texts)
+
+    def decode_block(self) -> dict[int, Block]:
+        """The block of each slot in use, after one pass over all slots; texts extended, scorers rolled back to them."""
+        places = {slot: (len(text.sequence), text.draws) for slot, text in self.texts.items()}
+        rule = (Sampled if self.sampling.do_sample else Greedy)(places, self.sampling)
+        began_s, drafting = time.perf_counter(), _Stopwatch(self.draft.device)
+        ids, width = self._propose(rule)
+        drafting.stop()
+        logits = self.target.feed(ids, self.gamma + 1)
+        check_widths(logits.shape[-1], width)
+        verdicts = rule.verify(logits)
+        verified_s = time.perf_counter()
+        emitted = {slot: _until_eos(verdict.emitted, self.eos_token_ids) for slot, verdict in verdicts.items()}
+        full = [slot for slot, tokens in emitted.items() if len(tokens) > self.gamma]
+        if full:  # the bonus position has a beta too, and q there asks for the last proposal
+            rule.add_bonus(self.draft.feed(ids[:, -1:], 1)[:, 0], full)
+        ingesting_s, drafting_s = time.perf_counter() - verified_s, drafting.elapsed_s()
+        times_s = drafting_s + ingesting_s, verified_s - began_s - drafting_s
+        blocks = {slot: self._block(slot, verdicts[slot], emitted[slot], rule, times_s) for slot in self.texts}
+        self._roll_back()
+        return blocks
+
+    def _admit(self, scorer: Scorer, slot: int, text: _Text | None) -> None:
+        """Make a slot hold all of a text but its last token; without a text, nothing."""
+        if text and scorer.reserve(text.end + self.gamma):
+            for other, held in self.texts.items():
+                scorer.prefill(other, held.sequence[:-1])
+        scorer.prefill(slot, text.sequence[:-1] if text else [])
+
+    def _propose(self, rule: Greedy | Sampled) -> tuple[torch.Tensor, int]:
+        """Each slot's last token and its proposals, int64 (slots, gamma + 1), and the draft's vocabulary size."""
+        slots = range(self.target.slots)
+        last = [self.texts[slot].sequence[-1] if slot in self.texts else IDLE_TOKEN for slot in slots]
+        ids = [torch.tensor(last, device=self.draft.device)[:, None]]
+        for _ in range(self.gamma):
+            logits = self.draft.feed(ids[-1], 1)[:, 0]
+            ids.append(rule.propose(logits).to(self.draft.device))
+        return torch.cat(ids, 1), logits.shape[-1]
+
+    def _block(
+        self, slot: int, verdict: Verdict, emitted: list[int], rule: Greedy | Sampled, times_s: tuple[float, float]
+    ) -> Block:
+        text = self.texts[slot]
+        start = len(text.sequence)
+        kept = text.extend(emitted, self.eos_token_ids)
+        return Block(
             start=start,
-            proposed=tuple(proposed),
-            accepted=accepted,
+            proposed=tuple(verdict.proposed),
+            accepted=verdict.accepted,
             emitted=tuple(emitted),
             kept=kept,
-            stop=stop,
-            beta=tuple(beta(p_i, q_i) for p_i, q_i, _ in zip(p, q, emitted, strict=False)),
-            margin=tuple(margin(row) for row in logits[: len(emitted)]),
-            draft_time_s=drafted_s - began_s + ingested_s - verified_s,
-            verify_time_s=verified_s - drafted_s,
+            stop=text.stop,
+            beta=tuple(rule.beta(p, q) for p, q, _ in zip(verdict.p, verdict.q, emitted, strict=False)),
+            margin=tuple(verdict.margin[: len(emitted)]),
+            draft_time_s=times_s[0] / len(self.texts),
+            verify_time_s=times_s[1] / len(self.texts),
         )
 
-
-def propose(
-    scorer: Scorer, sequence: list[int], gamma: int, sampling: SamplingConfig, draws: Draws
-) -> tuple[list[int], list[np.ndarray]]:
-    """`gamma` tokens that continue `sequence`, and the draft distributions (V,) they were drawn from."""
-    proposed, q = [], []
-    for position in range(len(sequence), len(sequence) + gamma):
-        q.append(warp(scorer.logits(sequence + proposed, 1)[0], sampling))
-        proposed.append(draw(q[-1], draws.uniform(position, TOKEN)))
-    return proposed, q
+    def _roll_back(self) -> None:
+        for slot in range(self.target.slots):
+            held = len(self.texts[slot].sequence) - 1 if slot in self.texts else 0
+            for scorer in (self.target, self.draft):
+                scorer.rollback(slot, held)
 
 
-def verify(
-    proposed: list[int], p: list[np.ndarray], q: list[np.ndarray], start: int, draws: Draws
-) -> tuple[int, list[int]]:
-    """How many leading proposals are accepted, and the tokens emitted: those and a correction or a bonus.
+class _Stopwatch:
+    """How long the work takes that is given to `device` from now until `stop`.
 
-    `p` has gamma + 1 distributions (V,), `q` gamma; `start` is the position of the first proposal.
+    A CUDA device measures it itself, because the host only queues the work; then `elapsed_s` may be asked once the
+    host has waited for something queued after `stop`.
     """
-    for i, token in enumerate(proposed):
-        if not accept(p[i][token], q[i][token], draws.uniform(start + i, COIN)):
-            correction = draw(residual(p[i], q[i]), draws.uniform(start + i, RESIDUAL))
-            return i, [*proposed[:i], correction]
-    bonus = draw(p[-1], draws.uniform(start + len(proposed), TOKEN))
-    return len(proposed), [*proposed, bonus]
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.began = self._now()
+
+    def stop(self) -> None:
+        self.ended = self._now()
+
+    def elapsed_s(self) -> float:
+        if self.device.type == "cuda":
+            return self.began.elapsed_time(self.ended) / 1e3
+        return self.ended - self.began
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
 
-@dataclass(frozen=True)
-class SpecDecodeStats:
-    """What the blocks of one prompt add up to; `blocks` hold the per-position data."""
-
-    blocks: tuple[Block, ...]
-
-    @property
-    def steps(self) -> int:
-        """Target passes."""
-        return len(self.blocks)
-
-    @property
-    def proposed(self) -> int:
-        """Tokens the draft proposed: gamma a block."""
-        return sum(len(block.proposed) for block in self.blocks)
-
-    @property
-    def accepted(self) -> int:
-        """Proposals that verification accepted, whatever EOS or the budget cut off later."""
-        return sum(self.accepted_per_step)
-
-    @property
-    def new_tokens(self) -> int:
-        """Tokens of the text, after the cuts."""
-        return sum(block.kept for block in self.blocks)
-
-    @property
-    def accepted_per_step(self) -> list[int]:
-        """Accepted proposals of each block, 0..gamma: the correction or bonus is not among them."""
-        return [block.accepted for block in self.blocks]
-
-    @property
-    def acceptance_rate(self) -> float:
-        """accepted / proposed. Falls with gamma by construction: never compare it across gamma."""
-        return self.accepted / self.proposed
-
-    @property
-    def mean_accepted_per_step(self) -> float:
-        """accepted / steps."""
-        return self.accepted / self.steps
-
-    @property
-    def alpha(self) -> float:
-        """Mean beta over every emitted position, the bonus positions included."""
-        betas = [value for block in self.blocks for value in block.beta]
-        return sum(betas) / len(betas)
-
-    @property
-    def tau(self) -> float:
-        """Block efficiency: emitted tokens per target pass, see `block_efficiency`."""
-        return block_efficiency(self.blocks)
+def _next_text(previous: _Text | None, waiting: Iterator[tuple[int, Conversation]]) -> _Text | None:
+    """The next turn of the conversation of `previous`, else the first of the next conversation that has any."""
+    text = previous and _ask(previous.conversation, previous.source, previous.turn + 1, previous.reply)
+    while text is None:
+        conversation, source = next(waiting, (None, None))
+        if source is None:
+            return None
+        text = _ask(conversation, source, 0, None)
+    return text
 
 
-def block_efficiency(blocks: Sequence[Block]) -> float:
-    """tau = 1 + sum over i = 1..gamma of prod over j <= i of alpha_j.
-
-    alpha_i is the share of blocks whose i-th proposal was accepted among those at risk, which emitted i
-    tokens or more: so an EOS that cuts a block does not count as a rejection. A level nobody reached
-    contributes zero. The definition is the one of `scspec.stats.tau`, which estimates it over tables.
-    """
-    tau = survival = 1.0
-    for i in range(1, len(blocks[0].proposed) + 1):
-        at_risk = [block for block in blocks if len(block.emitted) >= i]
-        if not at_risk:
-            break
-        survival *= sum(block.accepted >= i for block in at_risk) / len(at_risk)
-        tau += survival
-    return tau
-
-
-def generate_cached(
-    target: Callable,
-    draft: Callable,
-    input_ids: torch.Tensor,
-    *,
-    max_new_tokens: int = 128,
-    gamma: int = 4,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_token_id: int | Iterable[int] | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, SpecDecodeStats]:
-    """The sequence (1, T + new), prompt included, decoded speculatively from `input_ids` (1, T), and statistics.
-
-    Both models offer `new_kv_cache` (docs/architecture.md, "Seam 1"); they may be the same object. The text
-    ends with the first of the EOS ids or after `max_new_tokens` exactly. `generator` gives one key for the
-    call; without it the key is 0. Global random state is not touched. Raises ValueError naming argument,
-    value and what is allowed, before any forward wherever the models tell their vocabulary.
-    """
-    sampling = SamplingConfig(do_sample, temperature, top_k, top_p)
-    _check_speculation(target, draft, gamma)
-    request = Request.from_arguments(input_ids, max_new_tokens, sampling, eos_token_id, generator)
-    capacity = len(request.prompt_ids) + max_new_tokens + gamma + 1
-    return _generate(CachedScorer(target, capacity), CachedScorer(draft, capacity), input_ids, gamma, request)
-
-
-def generate(
-    target: Callable,
-    draft: Callable,
-    input_ids: torch.Tensor,
-    *,
-    max_new_tokens: int = 128,
-    gamma: int = 4,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    eos_token_id: int | Iterable[int] | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[torch.Tensor, SpecDecodeStats]:
-    """What `generate_cached` returns, to the same bits, without a cache: every pass runs the whole sequence.
-
-    Target and draft are any callables with `model(input_ids=(1, T) int64).logits` of shape (1, T, V).
-    """
-    sampling = SamplingConfig(do_sample, temperature, top_k, top_p)
-    _check_speculation(target, draft, gamma)
-    request = Request.from_arguments(input_ids, max_new_tokens, sampling, eos_token_id, generator)
-    return _generate(CacheFreeScorer(target), CacheFreeScorer(draft), input_ids, gamma, request)
-
-
-def _generate(
-    target_scorer: Scorer, draft_scorer: Scorer, input_ids: torch.Tensor, gamma: int, request: Request
-) -> tuple[torch.Tensor, SpecDecodeStats]:
-    blocks = tuple(decode_blocks(target_scorer, draft_scorer, gamma=gamma, **vars(request)))
-    new_ids = [token for block in blocks for token in block.emitted[: block.kept]]
-    return extended(input_ids, new_ids), SpecDecodeStats(blocks)
+def _ask(conversation: int, source: Conversation, turn: int, reply: list[int] | None) -> _Text | None:
+    try:
+        asked = source.send(reply)
+    except StopIteration:
+        return None
+    sequence = list(asked.prompt_ids)
+    return _Text(conversation, source, turn, sequence, len(sequence) + asked.max_new_tokens, asked.draws)
 
 
 def _until_eos(emitted: list[int], eos_token_ids: frozenset[int]) -> list[int]:
@@ -255,15 +262,3 @@ def _until_eos(emitted: list[int], eos_token_ids: frozenset[int]) -> list[int]:
         if token in eos_token_ids:
             return emitted[: i + 1]
     return emitted
-
-
-def _check_speculation(target: Callable, draft: Callable, gamma: int) -> None:
-    check_at_least_one("gamma", gamma)
-    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (target, draft)]
-    if None not in sizes:
-        _check_widths(*sizes)
-
-
-def _check_widths(target_size: int, draft_size: int) -> None:
-    if target_size != draft_size:
-        raise ValueError(f"draft has a vocabulary of {draft_size}; allowed: {target_size}, the target's")
