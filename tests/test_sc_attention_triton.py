@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compile_sm90 import compiled
 
 from scspec.sc import cpu_attention, triton_attention
 from scspec.sc.device import device_tables
@@ -16,7 +17,7 @@ FULL = resolve_streams("bipolar", 8, 256)  # counts in int16
 SHORT = resolve_streams("bipolar", 4, 5, sc_seed=2)  # streams repeat every 16 positions
 LOWEST = resolve_streams("bipolar", 2, 3)
 FIELDS = ("k_words", "v_words", "k_scale", "v_scale")
-HIDDEN = -200.0  # a score whose exp is exactly 0 beside a score of 0
+PEAK, HIDDEN = -150.0, -350.0  # exp of their difference is exactly 0; exp(-PEAK) overflows
 
 
 def drawn(batch, kv_heads, shared, positions, head_dim, seed=0):
@@ -79,8 +80,8 @@ def wanted_scores(query, key, spec, scaling):
 def test_written_codes_are_those_of_the_encoding(head_dim, spec, dtype):
     """Ragged starts; halves of a step, saturated, zero and tiny rows among them; nothing else is touched."""
     _, key, value = drawn(2, 2, 1, 5, head_dim)
-    step = key.abs().amax(-1, keepdim=True) / spec.max_code
-    key[:, 1] = ((key / step).floor() + 0.5)[:, 1]
+    key[:, 1] = (key[:, 1] * spec.max_code / 3).round().clamp(-spec.max_code, spec.max_code - 1) + 0.5
+    key[:, 1, :, 0] = spec.max_code  # so the scale is 1, and the halves are exact in every dtype
     value[:, 2], value[0, 3], key[1, 0] = value[:, 2].sign(), 0.0, 1e-7
     key, value = key.to(dtype), value.to(dtype)
     whole = filled(key, value, 5, spec)
@@ -152,7 +153,7 @@ def test_mixed_values_are_exact(head_dim, spec, positions, density, small_blocks
     probs = chosen.float() / chosen.sum(1, keepdim=True)
     store = filled(key, value, positions + 3, spec)
     scores = torch.full((2, positions + 3), float("nan"), device=DEVICE)
-    scores[:, :positions] = torch.where(chosen, 0.0, HIDDEN)
+    scores[:, :positions] = torch.where(chosen, PEAK, HIDDEN)
     out = triton_attention._mix(scores, query[:, -1:], store, starts(positions - 1), device_tables(spec, DEVICE))
     pair = encode_causal(probs, value[0, :, 0].T.cpu(), spec)
     wanted = finish(scaled_sums(*pair, spec, "reference"), spec)
@@ -191,7 +192,7 @@ def test_partitions_batch_and_capacity_change_no_bit(steps, monkeypatch):
     monkeypatch.setattr(triton_attention, "BLOCK", 16)
     monkeypatch.setattr(triton_attention, "KEYS", 16)
     first, total = (3, 12), sum(steps)
-    query, key, value = drawn(2, 2, 2, 12 + total, 20)
+    query, key, value = drawn(2, 1, 2, 12 + total, 20)
     rows = [[x[b, f : f + total] for b, f in enumerate(first)] for x in (query, key, value)]
     new_query, new_key, new_value = (torch.stack(x) for x in rows)
 
@@ -251,6 +252,7 @@ def test_values_of_extreme_size(value_scale):
     torch.testing.assert_close(out.view(wanted.shape).cpu()[clear], wanted[clear], rtol=5e-6, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 def test_not_a_number_comes_out_again(which):
     """Seen from its own position on, in its own head, and nowhere else."""
@@ -274,3 +276,30 @@ def test_another_precision_on_the_same_store_is_refused():
     store = filled(key, value, 3)
     with pytest.raises(ValueError, match="sc_prec=7"):
         attended(query, store, starts(0), resolve_streams("bipolar", 7, 96))
+
+
+def launches():
+    """Return name -> function: each launches one class of each kernel for every batch, row count and capacity."""
+    half = torch.float16
+    classes = [(dtype, spec, 64) for dtype in (torch.float32, half, torch.bfloat16) for spec in (SPEC, FULL)]
+    classes += [(half, SHORT, 64), (half, LOWEST, 64), (half, SPEC, 12), (half, SPEC, 128)]
+    return {str(item): lambda item=item: _decode_steps(*item) for item in classes}
+
+
+def _decode_steps(dtype, spec, head_dim):
+    for batch, steps, capacity in ((1, 1, 64), (1, 5, 65), (3, 1, 512), (2, 16, 16), (1, 1, 1)):
+        tables = device_tables(spec, DEVICE)
+        together = DeviceKV.empty(batch + 1, 2, head_dim, capacity, spec.max_code, DEVICE)
+        for store in (together.slot(0), together.slot(1)) if batch == 1 else (together,):
+            for start in (starts(*range(batch)), starts(*range(batch + 1))[1:]):
+                qkv, angles = torch.zeros(batch, steps, 8 * head_dim, dtype=dtype), torch.zeros(capacity, head_dim)
+                query = rotate_and_write(qkv, angles, angles, store, start, 4)
+                write(query[:, :, :2], query[:, :, 2:], store, start)
+                attend(query, store, start, 0.125, tables)
+
+
+def test_one_binary_serves_every_shape():
+    """Every kernel compiles for sm_90, to one binary for a class of dtype, streams and head."""
+    for name, counts in compiled("test_sc_attention_triton").items():
+        kernels = ("_mix_kernel", "_rotate_and_write_kernel", "_score_kernel", "_write_kernel")
+        assert counts == dict.fromkeys(kernels, 1), name

@@ -24,6 +24,15 @@ BLOCK = 512  # positions of one step of the softmax: it fixes the order of the s
 POSITIONS = 64  # positions of one step of P @ V
 _WRITE_WARPS, _SCORE_WARPS, _MIX_WARPS = 1, 8, 8
 _EXACT = {"enable_fp_fusion": False}  # a * b + c stays two roundings
+#: What differs between calls must not make another binary, which could add in another order. A slot's part of a store
+#: of odd capacity is not aligned to 16 bytes, nor is its start.
+_ONE_BINARY = {
+    "do_not_specialize": ["steps", "capacity", "words"],
+    "do_not_specialize_on_alignment": [
+        *("query", "key", "value", "qkv", "out", "start"),
+        *("k_words", "v_words", "k_scale", "v_scale"),
+    ],
+}
 _CODES = tl.constexpr(128)  # codes in a line of the tables
 _DIMS = tl.constexpr(DIMS)
 _FLOOR = tl.constexpr(SCALE_FLOOR)
@@ -250,7 +259,7 @@ def _write_value(word, scale, words_at, scale_at, slot, position, capacity, word
     tl.store(scale_at + slot * capacity + position, scale)
 
 
-@triton.jit(do_not_specialize=["steps", "capacity", "words"], do_not_specialize_on_alignment=["key", "value", "start"])
+@triton.jit(**_ONE_BINARY)
 def _write_kernel(
     key,
     value,
@@ -279,7 +288,7 @@ def _write_kernel(
     _write_value(_packed(codes), scale, v_words, v_scale, slot, position, capacity, words, WORDS)
 
 
-@triton.jit(do_not_specialize=["steps", "capacity", "words"], do_not_specialize_on_alignment=["qkv", "query", "start"])
+@triton.jit(**_ONE_BINARY)
 def _rotate_and_write_kernel(
     qkv,
     query,
@@ -340,7 +349,7 @@ def _signed_counts(counts, line, byte):
     return tl.where(byte > 127, -count, count)
 
 
-@triton.jit(do_not_specialize=["steps", "capacity", "words"], do_not_specialize_on_alignment=["query", "start"])
+@triton.jit(**_ONE_BINARY)
 def _score_kernel(
     query,
     k_words,
@@ -392,9 +401,8 @@ def _score_kernel(
 @triton.jit
 def _folded(scores, v_scale, at, visible, peak, total):
     """Return the probabilities of positions `at`, times the values' scales; zero beyond the visible ones."""
-    score = tl.load(scores + at, mask=at < visible, other=0.0)
-    scale = tl.load(v_scale + at, mask=at < visible, other=0.0)
-    return tl.where(at < visible, tl.div_rn(tl.exp(score - peak), total) * scale, 0.0)
+    score = tl.load(scores + at, mask=at < visible, other=float("-inf"))
+    return tl.div_rn(tl.exp(score - peak), total) * tl.load(v_scale + at, mask=at < visible, other=0.0)
 
 
 @triton.jit
@@ -411,8 +419,7 @@ def _list_active(scores, v_scale, ones, visible, MAX_CODE: tl.constexpr, BLOCK: 
     peak = tl.max(peaks, 0)
     totals = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, visible, BLOCK):
-        score = tl.load(scores + first + at, mask=first + at < visible, other=0.0)
-        totals += tl.where(first + at < visible, tl.exp(score - peak), 0.0)
+        totals += tl.exp(tl.load(scores + first + at, mask=first + at < visible, other=float("-inf")) - peak)
     total = tl.sum(totals, 0)
     bits = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, visible, BLOCK):
@@ -432,7 +439,7 @@ def _list_active(scores, v_scale, ones, visible, MAX_CODE: tl.constexpr, BLOCK: 
     return active, scale
 
 
-@triton.jit(do_not_specialize=["steps", "capacity", "words"], do_not_specialize_on_alignment=["start", "out"])
+@triton.jit(**_ONE_BINARY)
 def _mix_kernel(
     scores,
     v_words,
