@@ -47,7 +47,7 @@ def prepared_layers(model, rows: int):
     ones_of, layers = ones_table(stream_spec(model.sc_knobs)), {}
     for module in model.modules():
         if isinstance(module, SCLinear) and module.switch == "use_sc_linear" and module.shared not in layers:
-            weight = module.shared.packed
+            weight = module.shared.weight
             words, columns = weight.words.shape
             ones, _ = cpu.encode_rows(torch.randn(rows, weight.depth).numpy(), ones_of, weight.chunk_d, words)
             out = torch.zeros(ones.shape[0], -(-words // cpu.RUN), columns, dtype=torch.int64).numpy()

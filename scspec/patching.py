@@ -6,25 +6,22 @@ interface. The knobs live on `model.config`. Nothing of another instance, even o
 Not covered: where weights come from (`models`). Other model families than Llama's are refused.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from types import MethodType, SimpleNamespace
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
+from scspec.attention import CausalAttention
 from scspec.decoding.cache import KVCache
 from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU
-from scspec.invariant import cpu as invariant
-from scspec.sc.attention import sc_attention
-from scspec.sc.cpu_attention import EncodedKV, attend
-from scspec.sc.knobs import SC_CONFIG_DEFAULTS, check_knobs, resolve_knobs, stream_spec
+from scspec.sc.knobs import SC_CONFIG_DEFAULTS, check_knobs, resolve_knobs
 from scspec.sc.linear import SCLinear, SharedInput
-from scspec.sc.matmul import resolve_backend
+from scspec.sc.matmul import GPU_BACKENDS, resolve_backend
 
 _ATTENTION_NAME = "scspec"
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -34,24 +31,29 @@ def knobs_of(model: PreTrainedModel) -> dict:
 
 
 def patch_model(
-    model: PreTrainedModel, overrides: dict | str | None = None, *, keep_float_weights: bool = False
+    model: PreTrainedModel,
+    overrides: dict | str | None = None,
+    *,
+    backend: str | None = None,
+    keep_float_weights: bool = False,
 ) -> PreTrainedModel:
     """Return `model`, rewired in place. Afterwards it obeys the seam of docs/architecture.md (`new_kv_cache`, ...).
 
-    overrides: SC knobs (`SC_CONFIG_DEFAULTS`) or a preset's name. keep_float_weights: knobs that need the weights again
-    (sc_prec, the linear scopes, switching SC on or off) stay free; costs the float copy's memory.
-    Raises ValueError for a model or knob that is not modelled.
+    overrides: SC knobs (`SC_CONFIG_DEFAULTS`) or a preset's name. backend: of every SC matmul, None for the device's
+    default. keep_float_weights: knobs that need the weights again (sc_prec, the linear scopes, switching SC on or off)
+    stay free; costs the float copy's memory. Raises ValueError for a model or knob that is not modelled.
     """
     knobs = resolve_knobs(overrides)
-    _check_supported(model)
+    backend = resolve_backend(backend, model.device)
+    _check_supported(model, backend)
     for name, value in knobs.items():
         setattr(model.config, name, value)
     model.eval().requires_grad_(False)
-    model.sc_knobs = SimpleNamespace(**knobs)  # what the leaves read; refreshed from the config before each forward
+    # What the leaves read; refreshed from the config before each forward.
+    model.sc_knobs = SimpleNamespace(**knobs, backend=backend)
     linears = _replace_leaves(model)
     _replace_attention(model)
-    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-    model.register_forward_hook(_after_forward, with_kwargs=True)
+    model.forward = MethodType(_forward, model)
     model.new_kv_cache = MethodType(_new_kv_cache, model)
     if not keep_float_weights:
         for linear in linears:
@@ -59,7 +61,7 @@ def patch_model(
     return model
 
 
-def _check_supported(model: PreTrainedModel) -> None:
+def _check_supported(model: PreTrainedModel, backend: str) -> None:
     config = model.config
     name = type(model).__name__
     if config.model_type != "llama" or not hasattr(model, "lm_head"):
@@ -74,8 +76,9 @@ def _check_supported(model: PreTrainedModel) -> None:
     for feature in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size"):
         if getattr(config, feature, None):
             raise ValueError(f"{feature}={getattr(config, feature)!r}: this model feature is not modelled")
-    if model.dtype != torch.float32 or model.device.type != "cpu":
-        raise ValueError(f"model in {model.dtype} on {model.device}: on the CPU it must be torch.float32")
+    allowed = GPU_DTYPES if backend in GPU_BACKENDS else (torch.float32,)
+    if model.dtype not in allowed:
+        raise ValueError(f"model in {model.dtype} on {model.device}: allowed are {', '.join(map(str, allowed))}")
 
 
 def _replace_leaves(model: PreTrainedModel) -> list[SCLinear]:
@@ -108,7 +111,7 @@ def _replacement(path: str, module: nn.Module, knobs) -> nn.Module | None:
     if kind == "LlamaRMSNorm":
         return InvariantRMSNorm(module.weight, module.variance_epsilon)
     if kind == "LlamaRotaryEmbedding":
-        return InvariantRotary(module.inv_freq, module.attention_scaling)
+        return InvariantRotary(module.inv_freq, module.attention_scaling, module.max_seq_len_cached)
     if path.endswith(".act_fn"):
         return InvariantSiLU()
     return None
@@ -122,16 +125,10 @@ def _replace_attention(model: PreTrainedModel) -> None:
     model.config._attn_implementation = _ATTENTION_NAME
 
 
-def _attention_function(module, query, key, value, attention_mask, scaling, kv_cache=None, **_):
+def _attention_function(module, query, key, value, attention_mask, scaling, kv_cache, **_):
     """What transformers calls; the layer's own CausalAttention does the work."""
-    starts = _starts(kv_cache, query.shape[0])
-    store = None if kv_cache is None else kv_cache.layers[module.layer_idx]
-    return module.scspec_attention(query, key, value, store, starts, scaling), None
-
-
-def _starts(cache: KVCache | None, batch: int) -> Sequence[int]:
-    """Return the absolute position of each sequence's first new row."""
-    return (0,) * batch if cache is None else cache.lengths
+    store = kv_cache.layers[module.layer_idx]
+    return module.scspec_attention(query, key, value, store, kv_cache.lengths, scaling), None
 
 
 def _no_mask(*_, **__) -> None:
@@ -142,108 +139,15 @@ AttentionInterface.register(_ATTENTION_NAME, _attention_function)
 AttentionMaskInterface.register(_ATTENTION_NAME, _no_mask)
 
 
-class CausalAttention:
-    """The attention of one layer: which of three paths the knobs ask for, and the store each of them reads.
-
-    SC in scope `causal` (EncodedKV); SC in a published scope, or plain arithmetic (FloatKV, generic); batch-invariant
-    floats (FloatKV).
-    """
-
-    def __init__(self, config, knobs):
-        self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
-        self.knobs = knobs
-
-    def new_store(self, batch: int, capacity: int) -> "EncodedKV | FloatKV":
-        shape = batch, self.kv_heads, self.head_dim, capacity
-        if self._is_encoded():
-            return EncodedKV.empty(*shape, stream_spec(self.knobs).max_code)
-        return FloatKV.empty(*shape)
-
-    def _is_encoded(self) -> bool:
-        return self.knobs.use_sc_attn and self.knobs.sc_granularity == "causal"
-
-    def __call__(self, query, key, value, store, starts: Sequence[int], scaling: float) -> torch.Tensor:
-        """Return float32 (B, T, H, head_dim) for new rows, row t of sequence b at position starts[b] + t.
-
-        Writes their K and V to `store`.
-        """
-        knobs = self.knobs
-        store = self.new_store(query.shape[0], query.shape[2]) if store is None else store
-        if isinstance(store, EncodedKV) != self._is_encoded():
-            raise ValueError("use_sc_attn or sc_granularity changed: the KV cache was made for another attention")
-        if self._is_encoded():
-            return attend(query, key, value, store, starts, scaling, stream_spec(knobs))
-        store.write(key, value, starts)
-        if not knobs.use_sc_attn and knobs.batch_invariant:
-            arrays = query.contiguous().numpy(), store.keys.numpy(), store.values.numpy()
-            return torch.from_numpy(invariant.attention(*arrays, np.array(starts), np.float32(scaling)))
-        lengths = [start + query.shape[2] for start in starts]
-        rows = [self._generic(query[b : b + 1], *store.slot(b).read(n), scaling) for b, n in enumerate(lengths)]
-        return torch.cat(rows)
-
-    def _generic(self, query, keys, values, scaling: float) -> torch.Tensor:
-        """Return attention (1, T, H, head_dim) of the last T rows of keys and values (1, H_kv, S, head_dim)."""
-        knobs = self.knobs
-        if not knobs.use_sc_attn:
-            return _plain_attention(query, keys, values, scaling)
-        backend = resolve_backend(None, query.device)
-        softmax = _invariant_softmax if knobs.batch_invariant else _plain_softmax
-        spec = stream_spec(knobs)
-        return sc_attention(query, keys, values, scaling, spec, knobs.sc_granularity, softmax, backend)
-
-
-@dataclass(frozen=True)
-class FloatKV:
-    """One layer's keys float32 (B, H_kv, head_dim, capacity) and values (B, H_kv, capacity, head_dim)."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-
-    @classmethod
-    def empty(cls, batch: int, kv_heads: int, head_dim: int, capacity: int) -> "FloatKV":
-        """Return a store with room for `capacity` positions."""
-        keys, values = (batch, kv_heads, head_dim, capacity), (batch, kv_heads, capacity, head_dim)
-        return cls(torch.zeros(keys), torch.zeros(values))
-
-    def slot(self, b: int) -> "FloatKV":
-        """Return the store of sequence b alone, a view."""
-        return FloatKV(self.keys[b : b + 1], self.values[b : b + 1])
-
-    def write(self, key: torch.Tensor, value: torch.Tensor, starts: Sequence[int]) -> None:
-        """Store row t of key, value (B, H_kv, T, head_dim) at position starts[b] + t of sequence b."""
-        for b, start in enumerate(starts):
-            last = start + key.shape[2]
-            self.keys[b, ..., start:last] = key[b].transpose(1, 2)
-            self.values[b, :, start:last] = value[b]
-
-    def read(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first `length` keys and values, (B, H_kv, length, head_dim)."""
-        return self.keys[..., :length].transpose(2, 3), self.values[:, :, :length]
-
-
-def _invariant_softmax(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(invariant.softmax_rows(scores.contiguous().numpy(), visible.numpy()))
-
-
-def _plain_softmax(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-    hidden = torch.arange(scores.shape[1], device=scores.device) >= visible[:, None]
-    return torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
-
-
-def _plain_attention(query, keys, values, scaling: float) -> torch.Tensor:
-    shared = query.shape[1] // keys.shape[1]
-    keys, values = (x.repeat_interleave(shared, dim=1) for x in (keys, values))
-    scores = (query @ keys.transpose(2, 3)) * scaling
-    steps, total = scores.shape[2:]
-    visible = torch.arange(total - steps + 1, total + 1).repeat(scores.shape[0] * scores.shape[1])
-    probs = _plain_softmax(scores.reshape(-1, total), visible).view_as(scores)
-    return (probs @ values).transpose(1, 2)
-
-
 def _new_kv_cache(model: PreTrainedModel, batch: int, capacity: int) -> KVCache:
     """Return an empty cache for `batch` sequences of up to `capacity` tokens."""
     _refresh_knobs(model)
-    stores = [layer.self_attn.scspec_attention.new_store(batch, capacity) for layer in model.model.layers]
+    shape = batch, capacity, model.dtype, model.device
+    stores = [layer.self_attn.scspec_attention.new_store(*shape) for layer in model.model.layers]
+    if model.sc_knobs.backend in GPU_BACKENDS:
+        from scspec import fused
+
+        stores = fused.DeviceLayers(stores, batch, model.device)
     return KVCache(batch, capacity, stores)
 
 
@@ -256,25 +160,41 @@ def _refresh_knobs(model: PreTrainedModel) -> None:
     model.sc_knobs.__dict__.update(knobs)
 
 
-def _before_forward(model: PreTrainedModel, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Check the knobs, give the new rows their absolute positions, and keep transformers' own caches out."""
+def _forward(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *,
+    kv_cache: KVCache | None = None,
+    logits_to_keep: int = 0,
+    **refused,
+) -> CausalLMOutput:
+    """Return logits float32 (B, k, V) of the last k of the new tokens input_ids (B, T); k = 0: of all.
+
+    Row t of sequence b stands at position kv_cache.lengths[b] + t; the cache is written and advanced.
+    """
     _refresh_knobs(model)
-    ids = args[0] if args else kwargs["input_ids"]
-    for refused in ("attention_mask", "past_key_values", "inputs_embeds"):
-        if kwargs.get(refused) is not None:
-            raise ValueError(f"{refused}: not supported; every row of input_ids is a token, the cache is kv_cache")
-    cache = kwargs.get("kv_cache")
-    starts = _starts(cache, ids.shape[0])
-    if cache is not None:
-        if ids.shape[0] != cache.batch:
-            raise ValueError(f"input_ids has {ids.shape[0]} sequences; the KV cache was made for {cache.batch}")
-        if max(starts) + ids.shape[1] > cache.capacity:
-            raise ValueError(f"KV cache: {max(starts)} + {ids.shape[1]} tokens; its capacity is {cache.capacity}")
-    positions = torch.tensor(starts, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-    return args, {**kwargs, "position_ids": positions, "use_cache": False}
+    if refused:
+        raise ValueError(
+            f"{next(iter(refused))}: not supported; every row of input_ids is a token, the cache is kv_cache"
+        )
+    batch, steps = input_ids.shape
+    cache = model.new_kv_cache(batch, steps) if kv_cache is None else kv_cache
+    if batch != cache.batch:
+        raise ValueError(f"input_ids has {batch} sequences; the KV cache was made for {cache.batch}")
+    if max(cache.lengths) + steps > cache.capacity:
+        raise ValueError(f"KV cache: {max(cache.lengths)} + {steps} tokens; its capacity is {cache.capacity}")
+    logits = _logits(model, input_ids, cache, logits_to_keep)
+    cache.advance(steps)
+    return CausalLMOutput(logits=logits)
 
 
-def _after_forward(model: PreTrainedModel, args: tuple, kwargs: dict, output) -> None:
-    if kwargs.get("kv_cache") is not None:
-        ids = args[0] if args else kwargs["input_ids"]
-        kwargs["kv_cache"].advance(ids.shape[1])
+def _logits(model: PreTrainedModel, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int) -> torch.Tensor:
+    if model.sc_knobs.backend in GPU_BACKENDS:
+        from scspec import fused
+
+        if fused.fits(model):
+            return fused.forward(model, input_ids, cache, logits_to_keep)
+    device = input_ids.device
+    positions = torch.tensor(cache.lengths, device=device)[:, None] + torch.arange(input_ids.shape[1], device=device)
+    options = {"position_ids": positions, "use_cache": False, "kv_cache": cache, "logits_to_keep": logits_to_keep}
+    return type(model).forward(model, input_ids, **options).logits

@@ -24,7 +24,8 @@ ONLY_IN = {
     "altair": {"charts.py", "report.py"},
     "transformers": {"models.py", "patching.py"},
     "submitit": set(),
-    "triton": {"invariant/triton.py"},
+    "triton": {"invariant/triton.py", "sc/triton.py", "sc/triton_attention.py"},
+    "cuda": {"sc/cuda.py"},
 }
 
 

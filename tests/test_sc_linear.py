@@ -106,7 +106,7 @@ def knobs(**changes):
         "sc_seed": 0,
         "batch_invariant": True,
     }
-    return SimpleNamespace(**config | changes)
+    return SimpleNamespace(**config | {"backend": "cpu"} | changes)
 
 
 def layer(config, columns=9, depth=150, bias=True, seed=0):

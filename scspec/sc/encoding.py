@@ -34,11 +34,11 @@ def encode(x: torch.Tensor, spec: StreamSpec, granularity: str, group: int = 1) 
     """
     if spec.mode == "bipolar":
         peak = _reduce(x.abs(), granularity, group, torch.amax)
-        scale = peak.clamp_min(SCALE_FLOOR) / spec.max_code
+        scale = _divided(peak.clamp_min(SCALE_FLOOR), spec.max_code)
         return Encoded(_signed_codes(x, scale, spec), scale)
     low = _reduce(x, granularity, group, torch.amin)
     high = _reduce(x, granularity, group, torch.amax)
-    scale = (high - low).clamp_min(SCALE_FLOOR) / spec.max_code
+    scale = _divided((high - low).clamp_min(SCALE_FLOOR), spec.max_code)
     zero = torch.round(-low / scale).clamp(0, spec.max_code)
     codes = torch.round(x / scale + zero).clamp(0, spec.max_code)
     return Encoded(codes.to(torch.int16), scale, zero)
@@ -52,7 +52,7 @@ def encode_causal(a: torch.Tensor, b: torch.Tensor, spec: StreamSpec) -> tuple[E
     """
     per_position = encode(b.transpose(-1, -2), spec, "per_row")
     folded = a * per_position.scale.transpose(-1, -2)
-    scale = folded.abs().amax(-1, keepdim=True) / spec.max_code
+    scale = _divided(folded.abs().amax(-1, keepdim=True), spec.max_code)
     codes = _signed_codes(folded, torch.where(scale > 0, scale, 1.0), spec)
     ones = torch.ones_like(b[..., :1])
     return Encoded(codes, scale), Encoded(per_position.codes.transpose(-1, -2), ones)
@@ -60,6 +60,11 @@ def encode_causal(a: torch.Tensor, b: torch.Tensor, spec: StreamSpec) -> tuple[E
 
 def _signed_codes(x: torch.Tensor, scale: torch.Tensor, spec: StreamSpec) -> torch.Tensor:
     return torch.round(x / scale).clamp(-spec.max_code, spec.max_code).to(torch.int16)
+
+
+def _divided(x: torch.Tensor, divisor: int) -> torch.Tensor:
+    """Return x / divisor by IEEE division. On a GPU torch divides by a number as a product with its reciprocal."""
+    return x / torch.full_like(x, divisor)
 
 
 def _reduce(x: torch.Tensor, granularity: str, group: int, reduction) -> torch.Tensor:

@@ -6,20 +6,23 @@ import torch
 from torch import nn
 
 from scspec.invariant import cpu as invariant
-from scspec.sc import cpu
+from scspec.sc.device import CHUNK
 from scspec.sc.encoding import Encoded, encode
 from scspec.sc.knobs import stream_spec
-from scspec.sc.matmul import chunk_slices, finish, resolve_backend, scaled_sums
+from scspec.sc.matmul import GPU_BACKENDS, backend_module, chunk_slices, finish, scaled_sums
 from scspec.sc.streams import StreamSpec
+
+PLAIN, INVARIANT = ("float", "plain"), ("float", "invariant")
 
 
 class SCLinear(nn.Module):
-    """Replaces one nn.Linear. x float32 (..., D) -> float32 (..., M).
+    """Replaces one nn.Linear. x (..., D) -> (..., M) in x's dtype, float32 for the LM head.
 
-    Reads the attributes of `knobs` (names: `sc.knobs`) at every call; `switch` names the one that turns SC on
-    ("use_sc_linear", "sc_lm_head"). Off, it is a float layer: batch invariant, or torch's own with `batch_invariant`
-    off. What a knob asks of the weight (codes, or blocks of floats) is prepared at first use and kept until the knob
-    changes; `sc_stoc_len` and `sc_seed` change nothing in it. After `drop_float_weight` such a change is a ValueError.
+    Reads the attributes of `knobs` (names: `sc.knobs`, and `backend`) at every call; `switch` names the one that turns
+    SC on ("use_sc_linear", "sc_lm_head"). Off, it is a float layer: batch invariant, or torch's own with
+    `batch_invariant` off. What a knob asks of the weight (codes, or blocks of floats) is prepared at first use and
+    kept until the knob changes; `sc_stoc_len` and `sc_seed` change nothing in it. After `drop_float_weight` such a
+    change is a ValueError.
     """
 
     def __init__(self, linear: nn.Linear, knobs, switch: str):
@@ -32,17 +35,15 @@ class SCLinear(nn.Module):
         self.shared = SharedInput([self])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.wanted_form() != self.form:
-            self.shared.prepare()
-        out = self.shared.packed_rows(self, x) if _is_packed(self.form) else self._rows(x)
+        self.shared.bring_up_to_date()
+        out = self.shared.rows_of(self, x) if self.shared.is_joined else self._rows(x)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 
     def drop_float_weight(self) -> None:
-        """Prepare what the present knobs need, then let go of the floating-point weight."""
-        if self.wanted_form() != self.form:
-            self.shared.prepare()
-        if self.form != ("float", "plain"):
+        """Prepare what the present knobs need, then let go of the floating-point weight if it is not that itself."""
+        self.shared.bring_up_to_date()
+        if self.form[0] == "sc" or (self.form == INVARIANT and self.knobs.backend not in GPU_BACKENDS):
             self.weight = None
 
     def wanted_form(self) -> tuple:
@@ -50,45 +51,46 @@ class SCLinear(nn.Module):
         knobs = self.knobs
         if getattr(knobs, self.switch):
             return ("sc", knobs.sc_mode, knobs.sc_prec, knobs.sc_linear_granularity, knobs.sc_linear_chunk_d)
-        return ("float", "invariant" if knobs.batch_invariant else "plain")
+        return INVARIANT if knobs.batch_invariant else PLAIN
 
     def prepare(self, form: tuple) -> list[Encoded] | None:
-        """Take on `form`; return the weight's codes, one Encoded a chunk, if `form` is one that SharedInput packs."""
+        """Take on `form`; return the weight's codes, one Encoded a chunk, if SharedInput is to pack them."""
         if self.weight is None:
             raise ValueError(
                 f"{self.switch}, sc_mode, sc_prec, sc_linear_granularity or sc_linear_chunk_d: changed from "
                 f"{self.form} to {form}, which needs the floating-point weights, and these were dropped"
             )
-        weight = self.weight.detach().float()
         self.form, self._prepared = form, None
-        if form == ("float", "invariant"):
-            self._prepared = invariant.pack_linear(weight.numpy())
+        if form == INVARIANT and self.knobs.backend not in GPU_BACKENDS:
+            self._prepared = invariant.pack_linear(self.weight.detach().float().numpy())
         elif form[0] == "sc":
-            spec = stream_spec(self.knobs)
+            weight, spec = self.weight.detach().float(), stream_spec(self.knobs)
             codes = [encode(weight[:, s], spec, form[3]) for s in chunk_slices(self.in_features, form[4])]
-            if _is_packed(form):
+            if is_packed(form, self.knobs.backend):
                 return codes
             self._prepared = codes
         return None
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
-        if self.form == ("float", "plain"):
-            return nn.functional.linear(rows, self.weight)
-        if self.form[0] == "float":
+        if self.form == PLAIN:
+            return nn.functional.linear(rows, self.weight).to(self.shared.out_dtype(x))
+        if self.form == INVARIANT:
             return torch.from_numpy(invariant.linear(rows.contiguous().numpy(), self._prepared, self.out_features))
-        spec, backend, total = stream_spec(self.knobs), resolve_backend(None, rows.device), None
+        spec, total = stream_spec(self.knobs), None
         slices = chunk_slices(self.in_features, self.knobs.sc_linear_chunk_d)
         for columns, chunk in zip(slices, self._prepared, strict=True):
-            encoded = encode(rows[:, columns], spec, self.knobs.sc_linear_granularity)
-            part = scaled_sums(encoded, chunk, spec, backend)
+            encoded = encode(rows[:, columns].float(), spec, self.knobs.sc_linear_granularity)
+            part = scaled_sums(encoded, chunk, spec, self.knobs.backend)
             total = part if total is None else total + part
-        return finish(total, spec)
+        return finish(total, spec).to(self.shared.out_dtype(x))
 
 
-def _is_packed(form: tuple) -> bool:
-    """Return whether the look-up kernel covers `form`: bipolar with a scale per row."""
-    return form[0] == "sc" and form[1] == "bipolar" and form[3] == "per_row"
+def is_packed(form: tuple, backend: str) -> bool:
+    """Return whether the look-up kernels of `backend` cover `form`: bipolar, per_row; on a GPU chunks of 128."""
+    if form[0] != "sc" or form[1] != "bipolar" or form[3] != "per_row":
+        return False
+    return form[4] == CHUNK if backend in GPU_BACKENDS else True
 
 
 @dataclass(frozen=True)
@@ -104,15 +106,18 @@ class _Products:
 
 
 class SharedInput:
-    """SCLinears that read the same tensor (q, k and v; gate and up): their packed weight, columns side by side.
+    """SCLinears that read the same tensor (q, k and v; gate and up): one weight, their outputs side by side.
 
-    The first of them to be called on a tensor encodes it, builds its tables and multiplies for all; the others are
-    handed their columns. So the tensor must not be written to in between. One seen anew is multiplied anew.
+    The first of them to be called on a tensor multiplies for all; the others are handed their columns. So the tensor
+    must not be written to in between. One seen anew is multiplied anew.
+
+    weight: the backend's packed weight in SC; on a GPU, in batch-invariant floating point, the joined matrix, of which
+    each member's weight is then a part. None in every other form: there each member works alone.
     """
 
     def __init__(self, members: list[SCLinear]):
         self.members = members
-        self.packed: cpu.PackedWeight | None = None
+        self.weight = None
         self._products: _Products | None = None
 
     @classmethod
@@ -122,17 +127,52 @@ class SharedInput:
         for member in members:
             member.shared = shared
 
-    def prepare(self) -> None:
-        """Bring all members into the form that the knobs ask for."""
-        form = self.members[0].wanted_form()
-        codes = [member.prepare(form) for member in self.members]
-        self.packed = self._products = None
-        if _is_packed(form):
-            side_by_side = [_stack(chunks) for chunks in zip(*codes, strict=True)]
-            self.packed = cpu.pack(side_by_side, form[4] or self.members[0].in_features)
+    @property
+    def is_joined(self) -> bool:
+        """Whether the members are multiplied together."""
+        return self.weight is not None
 
-    def packed_rows(self, member: SCLinear, x: torch.Tensor) -> torch.Tensor:
-        """Return x (..., D) @ member.weight.T, float32 (rows, M)."""
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The members' biases side by side, None if they have none."""
+        biases = [member.bias for member in self.members]
+        return None if biases[0] is None else torch.cat(biases)
+
+    def out_dtype(self, x: torch.Tensor) -> torch.dtype:
+        """Return the dtype of the products of x: logits stay float32."""
+        return torch.float32 if self.members[0].switch == "sc_lm_head" else x.dtype
+
+    @property
+    def will_join(self) -> bool:
+        """Whether the present knobs let the members be multiplied together."""
+        form, backend = self.members[0].wanted_form(), self.members[0].knobs.backend
+        return is_packed(form, backend) or (form == INVARIANT and backend in GPU_BACKENDS)
+
+    def bring_up_to_date(self) -> None:
+        """Bring all members into the form that the present knobs ask for, if they are in another."""
+        first = self.members[0]
+        form, backend = first.wanted_form(), first.knobs.backend
+        if form == first.form:
+            return
+        codes = [member.prepare(form) for member in self.members]
+        self.weight = self._products = None
+        if is_packed(form, backend):
+            side_by_side = [_stack(chunks) for chunks in zip(*codes, strict=True)]
+            self.weight = backend_module(backend).pack(side_by_side, form[4] or first.in_features)
+        elif form == INVARIANT and backend in GPU_BACKENDS:
+            self.weight = self._joined_floats()
+
+    def _joined_floats(self) -> torch.Tensor:
+        if len(self.members) == 1:
+            return self.members[0].weight.detach()
+        joined = torch.cat([member.weight.detach() for member in self.members])
+        parts = joined.split([member.out_features for member in self.members])
+        for member, part in zip(self.members, parts, strict=True):
+            member.weight = nn.Parameter(part, requires_grad=False)
+        return joined
+
+    def rows_of(self, member: SCLinear, x: torch.Tensor) -> torch.Tensor:
+        """Return x (..., D) @ member.weight.T, (rows, M)."""
         spec, products = stream_spec(member.knobs), self._products
         if products is None or not products.holds(member, x, spec):
             products = self._products = self._multiply(x, spec)
@@ -143,7 +183,10 @@ class SharedInput:
 
     def _multiply(self, x: torch.Tensor, spec: StreamSpec) -> _Products:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        parts = cpu.linear(rows, self.packed, spec).split([m.out_features for m in self.members], dim=1)
+        backend = self.members[0].knobs.backend
+        options = {"out_dtype": self.out_dtype(x)} if backend in GPU_BACKENDS else {}
+        product = backend_module(backend).linear(rows, self.weight, spec, **options)
+        parts = product.split([m.out_features for m in self.members], dim=1)
         return _Products(x, spec, dict(zip(self.members, parts, strict=True)))
 
 

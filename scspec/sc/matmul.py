@@ -1,6 +1,8 @@
 """`sc_matmul`: checks, encoding, dispatch to a backend, rescaling. The one place where codes become floats again."""
 
 import importlib
+import os
+from types import ModuleType
 
 import torch
 
@@ -8,9 +10,16 @@ from scspec.sc.encoding import Encoded, encode, encode_causal
 from scspec.sc.streams import GRANULARITIES, StreamSpec, resolve_streams
 
 #: Backend name -> module; a module is imported when its backend is first asked for.
-BACKENDS = {"reference": "scspec.sc.reference", "cpu": "scspec.sc.cpu"}
+BACKENDS = {
+    "reference": "scspec.sc.reference",
+    "cpu": "scspec.sc.cpu",
+    "triton": "scspec.sc.triton",
+    "cuda": "scspec.sc.cuda",
+}
+#: The backends of a GPU. `cuda` is `triton` with the few-row linear layer in CUDA C++.
+GPU_BACKENDS = ("triton", "cuda")
 #: What `backend=None` means on each device type. A device not listed has no default: nothing falls back.
-DEFAULT_BACKEND = {"cpu": "cpu"}
+DEFAULT_BACKEND = {"cpu": "cpu", "cuda": "cuda"}
 
 
 def sc_matmul(
@@ -39,7 +48,7 @@ def sc_matmul(
     rng_levels: levels of the random grid, a power of two in 2..2**sc_prec.
     halve_bipolar_stoc_len: bipolar defaults of stoc_len and rng_levels become 2**(sc_prec - 1).
     smooth_scales: float32 (D,), SmoothQuant: (a / v) @ (b * v).T (Xiao et al. 2023, Eq. 3).
-    backend: "reference", "cpu", or None for the default of the tensors' device.
+    backend: "reference", "cpu", "triton", "cuda", or None for the default of the tensors' device.
 
     Raises ValueError naming the argument, its value and what is allowed.
     """
@@ -89,7 +98,7 @@ def finish(total: torch.Tensor, spec: StreamSpec) -> torch.Tensor:
 
 
 def _batched_counts(a_codes, b_codes, spec: StreamSpec, backend: str) -> torch.Tensor:
-    counts = importlib.import_module(BACKENDS[backend]).counts
+    counts = backend_module(backend).counts
     if a_codes.ndim == 2:
         return counts(a_codes, b_codes, spec)
     return torch.stack([counts(x, y, spec) for x, y in zip(a_codes, b_codes, strict=True)])
@@ -118,7 +127,15 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend='cpu': needs tensors on the CPU, these are on {device}")
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend in GPU_BACKENDS and device.type != "cuda" and not interpreted:
+        raise ValueError(f"backend={backend!r}: needs tensors on a CUDA device, these are on {device}")
     return backend
+
+
+def backend_module(name: str) -> ModuleType:
+    """Return the module of a backend, imported when it is first asked for."""
+    return importlib.import_module(BACKENDS[name])
 
 
 def _check_operands(a, b) -> None:

@@ -1,0 +1,145 @@
+"""The forward of a patched Llama on a GPU: a fixed list of kernel launches, replayed as a CUDA graph.
+
+Twelve launches a layer over the weights that the leaves of the module tree hold; nothing waits for the device. All
+positions come from a tensor on the device, so one graph serves a cache at every length. A shape that is seen for the
+first time runs launch by launch (Triton compiles then), the second time it is captured.
+
+Not covered: the scopes and modes that `fits` refuses; they run through the module tree.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from scspec.attention import GENERIC, RowKV, attend_rows, write_rows
+from scspec.decoding.cache import KVCache
+from scspec.invariant import triton as invariant
+from scspec.sc import triton_attention
+from scspec.sc.knobs import stream_spec
+from scspec.sc.linear import SharedInput
+from scspec.sc.matmul import GPU_BACKENDS, backend_module
+from scspec.sc.triton import ADD, SILU_MUL, STORE
+
+#: Rows (sequences x new tokens) up to which a forward is worth a graph; above, launches hide behind the work.
+GRAPH_ROWS = 256
+
+
+def fits(model) -> bool:
+    """Return whether the present knobs of a patched model allow the fused forward."""
+    knobs = model.sc_knobs
+    layer = model.model.layers[0]
+    shared = [layer.self_attn.q_proj.shared, model.lm_head.shared]
+    return (
+        knobs.backend in GPU_BACKENDS
+        and knobs.batch_invariant
+        and layer.self_attn.scspec_attention.path != GENERIC
+        and all(group.will_join for group in shared)
+    )
+
+
+class DeviceLayers(list):
+    """The stores of all layers, and what else a fused forward over them needs (`state`)."""
+
+    def __init__(self, stores: list, batch: int, device: torch.device):
+        super().__init__(stores)
+        self.state = _State(torch.zeros(batch, dtype=torch.int32, device=device), tuple([0] * batch))
+
+
+@dataclass
+class _State:
+    """start: int32 (B,) on the device, the position of each sequence's next row; `held` is what it says."""
+
+    start: torch.Tensor
+    held: tuple[int, ...]
+    graphs: dict = field(default_factory=dict)
+
+    def place(self, lengths: tuple[int, ...]) -> None:
+        """Make `start` say `lengths`; it mostly does, since a forward moves it on itself."""
+        if self.held != lengths:
+            self.start.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
+            self.held = lengths
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    ids: torch.Tensor
+    logits: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]  # held, because the model's own table is another one once it has grown
+
+
+def forward(model, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int) -> torch.Tensor:
+    """Return the logits float32 (B, k, V) of the last k new tokens (0: all) and write their K and V; input_ids (B, T).
+
+    The caller advances the cache.
+    """
+    layers = cache.layers
+    whole = isinstance(layers, DeviceLayers)  # a slot's view is used once, for a prefill: no graph
+    state = layers.state if whole else DeviceLayers([], cache.batch, input_ids.device).state
+    state.place(cache.lengths)
+    rotary = model.model.rotary_emb.table(cache.capacity, input_ids.device)
+    if input_ids.is_cuda and whole and input_ids.numel() <= GRAPH_ROWS:
+        logits = _replayed(model, input_ids, layers, state, rotary, logits_to_keep)
+    else:
+        logits = _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)
+    state.held = tuple(length + input_ids.shape[1] for length in state.held)
+    return logits
+
+
+def _replayed(model, input_ids, layers, state: _State, rotary, logits_to_keep: int) -> torch.Tensor:
+    key = (*input_ids.shape, logits_to_keep, tuple(vars(model.sc_knobs).items()))
+    if key not in state.graphs:
+        state.graphs[key] = None
+        return _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)
+    if state.graphs[key] is None:
+        ids, graph = input_ids.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = _launched(model, ids, layers, state.start, rotary, logits_to_keep)
+        state.graphs[key] = _Graph(graph, ids, logits, rotary)
+    captured = state.graphs[key]
+    captured.ids.copy_(input_ids)
+    captured.graph.replay()
+    return captured.logits.clone()  # the next replay writes over it
+
+
+def _launched(model, input_ids, layers, start, rotary, logits_to_keep: int) -> torch.Tensor:
+    batch, steps = input_ids.shape
+    hidden = model.model.embed_tokens(input_ids).view(batch * steps, -1)
+    for layer, store in zip(model.model.layers, layers, strict=True):
+        normed = _norm(layer.input_layernorm, hidden)
+        mixed = _attention(layer.self_attn, normed.view(batch, steps, -1), store, start, *rotary)
+        hidden = _product(layer.self_attn.o_proj.shared, mixed, ADD, hidden)
+        inner = _product(layer.mlp.gate_proj.shared, _norm(layer.post_attention_layernorm, hidden), SILU_MUL)
+        hidden = _product(layer.mlp.down_proj.shared, inner, ADD, hidden)
+    start += steps
+    kept = hidden.view(batch, steps, -1)[:, -logits_to_keep:] if logits_to_keep else hidden.view(batch, steps, -1)
+    rows = _norm(model.model.norm, kept.reshape(-1, kept.shape[2]))
+    return _product(model.lm_head.shared, rows).view(batch, kept.shape[1], -1)
+
+
+def _norm(module, x: torch.Tensor) -> torch.Tensor:
+    return invariant.rms_norm(x, module.weight, float(module.eps))
+
+
+def _attention(module, x: torch.Tensor, store, start, cos, sin) -> torch.Tensor:
+    """Return the attention (B * T, H * head_dim) of x (B, T, D), before its output projection."""
+    attention = module.scspec_attention
+    attention.check_store(store)
+    batch, steps, depth = x.shape
+    qkv = _product(module.q_proj.shared, x.view(-1, depth)).view(batch, steps, -1)
+    head_dim, kv_heads = attention.head_dim, attention.kv_heads
+    heads = module.q_proj.out_features // head_dim
+    if isinstance(store, RowKV):
+        query, key, value = qkv.view(batch, steps, -1, head_dim).split([heads, kv_heads, kv_heads], dim=2)
+        query, key = (invariant.rotary(part, cos, sin, start) for part in (query, key))
+        write_rows(key, value, store, start)
+    else:
+        query = triton_attention.rotate_and_write(qkv, cos, sin, store, start, heads)
+    return attend_rows(query, store, start, module.scaling, attention.knobs).view(batch * steps, -1)
+
+
+def _product(shared: SharedInput, x: torch.Tensor, finish: int = STORE, addend: torch.Tensor | None = None):
+    shared.bring_up_to_date()
+    knobs = shared.members[0].knobs
+    options = {"out_dtype": shared.out_dtype(x), "bias": shared.bias, "finish": finish, "addend": addend}
+    return backend_module(knobs.backend).linear(x, shared.weight, stream_spec(knobs), **options)
