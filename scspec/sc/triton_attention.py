@@ -388,7 +388,8 @@ def _score_kernel(
         k = tl.load(ones + dim % _DIMS * _CODES + tl.abs(codes)).to(tl.int32)
         lines = _line(dim, k, LINES) | (codes < 0)
         inside = (w < words)[:, None] & (keys < visible)[None, :]
-        word = tl.load(k_words + (slot * words + w)[:, None] * capacity + keys[None, :], mask=inside, other=0)
+        k_words += slot * words * capacity
+        word = tl.load(k_words + (w[:, None] * capacity + keys[None, :]), mask=inside, other=0)
         sums = tl.zeros((WORDS, KEYS), tl.int32)
         for i in tl.static_range(4):
             line = _column(lines, i)[:, None]
