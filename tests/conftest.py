@@ -1,4 +1,4 @@
-"""Fixtures that tests share: the real model, loaded once."""
+"""Fixtures that tests share (the real model, loaded once), and what becomes of GPU tests where there is no GPU."""
 
 import os
 
@@ -9,12 +9,35 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported and when kernels are defined
 
-from interpreter import correct_bfloat16
+from interpreter import DEVICE, correct_interpreter
 
 from scspec.models import load_model, load_tokenizer
 
 MODEL = "smollm2-135m"
-correct_bfloat16()
+correct_interpreter()
+
+
+def pytest_collection_modifyitems(items):
+    if DEVICE.type == "cpu":
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """With a GPU, a test marked gpu that skips has failed."""
+    report = yield
+    if report.skipped and "gpu" in item.keywords and DEVICE.type != "cpu":
+        report.outcome, report.longrepr = "failed", f"skipped on a GPU: {report.longrepr}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many GPU tests were skipped; .ci/run compares the number with the one it knows."""
+    if DEVICE.type == "cpu":
+        skipped = [report for report in terminalreporter.stats.get("skipped", []) if "gpu" in report.keywords]
+        terminalreporter.write_line(f"GPU tests skipped: {len(skipped)} (no GPU)")
 
 
 @pytest.fixture(scope="session", autouse=True)
