@@ -12,6 +12,7 @@ if not torch.cuda.is_available():
 from interpreter import DEVICE, correct_interpreter
 
 from scspec.models import load_model, load_tokenizer
+from scspec.sc import triton
 
 MODEL = "smollm2-135m"
 correct_interpreter()
@@ -45,6 +46,13 @@ def one_thread():
     """One thread unless a test asks for more: two that share a busy core wait for each other."""
     torch.set_num_threads(1)
     numba.set_num_threads(1)
+
+
+@pytest.fixture
+def wide_steps(monkeypatch):
+    """In the interpreter, which pays for each operation, add up 128 dimensions a step; integers, so nothing changes."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(triton, "_DIMS", 128)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Where kernels run in tests, and what Triton's interpreter gets wrong there, put right.
 
-It truncates float32 to bfloat16 and multiplies bfloat16's bits as integers; and its tl.dot is numpy's matmul, which sums
-a row in another order wherever the row stands elsewhere in the tile.
+It truncates float32 to bfloat16 and multiplies bfloat16's bits as integers; and its tl.dot is numpy's matmul, whose
+order of summation for a row depends on where in the tile the row stands.
 """
 
 import torch

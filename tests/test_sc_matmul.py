@@ -7,19 +7,36 @@ import brute_force
 import numpy as np
 import pytest
 import torch
+from interpreter import DEVICE
 
 from scspec import sc_matmul
-from scspec.sc import cpu, reference
 from scspec.sc.encoding import encode, encode_causal
-from scspec.sc.matmul import chunk_slices
+from scspec.sc.matmul import GPU_BACKENDS, backend_module, chunk_slices
 from scspec.sc.streams import resolve_streams
 
 GOLDEN_PATH = Path(__file__).parent / "golden" / "sc_matmul.npz"
 GOLDEN_CASES = 54
 RANDOM_CASES = 200
-BACKENDS = {"reference": reference, "cpu": cpu}
+BACKENDS = ("reference", "cpu", "triton")
 
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def multiply(a, b, granularity="per_row", *, backend, **knobs):
+    """Return sc_matmul of CPU tensors, computed where the backend works, as a CPU tensor."""
+    device = device_of(backend)
+    knobs = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in knobs.items()}
+    return sc_matmul(a.to(device), b.to(device), granularity, backend=backend, **knobs).cpu()
+
+
+def counts(a_codes, b_codes, spec, backend):
+    """Return the backend's counts of CPU tensors, as a CPU tensor."""
+    device = device_of(backend)
+    return backend_module(backend).counts(a_codes.to(device), b_codes.to(device), spec).cpu()
+
+
+def device_of(backend):
+    return DEVICE if backend in GPU_BACKENDS else torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +51,12 @@ def test_golden_file_is_complete(golden):
     assert set(golden) == {"cases", *(f"{name}{i}" for name in "aby" for i in range(GOLDEN_CASES))}
 
 
-@each_backend
+@pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("case", range(GOLDEN_CASES))
 def test_golden_case(golden, case, backend):
     knobs = json.loads(str(golden["cases"]))[case]
     a, b, expected = (golden[f"{name}{case}"] for name in "aby")
-    out = sc_matmul(torch.from_numpy(a), torch.from_numpy(b), backend=backend, **knobs)
+    out = multiply(torch.from_numpy(a), torch.from_numpy(b), backend=backend, **knobs)
     assert out.dtype == torch.float32
     assert out.shape == expected.shape
     assert np.abs(out.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
@@ -142,10 +159,10 @@ def test_random_case_against_single_bits(seed):
     assert_counts_equal(a, b, knobs, expected)
     tensors = {"smooth_scales": torch.from_numpy(knobs["smooth_scales"])} if "smooth_scales" in knobs else {}
     outs = [
-        sc_matmul(torch.from_numpy(a), torch.from_numpy(b), backend=backend, **{**knobs, **tensors})
+        multiply(torch.from_numpy(a), torch.from_numpy(b), backend=backend, **{**knobs, **tensors})
         for backend in BACKENDS
     ]
-    assert torch.equal(*outs)
+    assert all(torch.equal(outs[0], other) for other in outs[1:])
     assert outs[0].shape == expected.value.shape
     assert (np.abs(outs[0].numpy() - expected.value) <= expected.tolerance).all()
 
@@ -171,8 +188,8 @@ def assert_counts_equal(a, b, knobs, expected):
         codes = [x.codes[part.head] if x.codes.ndim == 3 else x.codes for x in pair]
         for ours, theirs in zip(codes, (part.a_codes, part.b_codes), strict=True):
             np.testing.assert_array_equal(ours.numpy(), theirs)
-        for backend in BACKENDS.values():
-            sums = backend.counts(*codes, spec)
+        for backend in BACKENDS:
+            sums = counts(*codes, spec, backend)
             assert sums.dtype == torch.int32
             np.testing.assert_array_equal(sums.numpy(), part.sums)
 
@@ -180,6 +197,8 @@ def assert_counts_equal(a, b, knobs, expected):
 @pytest.mark.parametrize("mode", ["bipolar", "unipolar"])
 @pytest.mark.parametrize("sc_prec", [2, 3, 4])
 def test_every_code_length_and_grid(sc_prec, mode):
+    # of the interpreter, which needs 0.3 s a product, only the smallest precision is asked
+    backends = [b for b in BACKENDS if b not in GPU_BACKENDS or DEVICE.type == "cuda" or sc_prec == 2]
     q = brute_force.largest(mode, sc_prec)
     codes = np.arange(-q if mode == "bipolar" else 0, q + 1)
     for depth in (1, 2**sc_prec + 1):  # the first stream alone; every stream, the first one twice
@@ -189,8 +208,8 @@ def test_every_code_length_and_grid(sc_prec, mode):
                 spec = resolve_streams(mode, sc_prec, cycles, grid)
                 expected = brute_force.count_ones(operand, operand, sc_prec, cycles, grid, q)
                 tensor = torch.from_numpy(operand.astype(np.int16))
-                for backend in BACKENDS.values():
-                    np.testing.assert_array_equal(backend.counts(tensor, tensor, spec).numpy(), expected)
+                for backend in backends:
+                    np.testing.assert_array_equal(counts(tensor, tensor, spec, backend).numpy(), expected)
 
 
 def test_gate_by_hand():
@@ -207,6 +226,7 @@ DEPTHS = (64, 128, 200, 576, 1536)
 
 
 @each_backend
+@pytest.mark.usefixtures("wide_steps")
 @pytest.mark.parametrize("stoc_len", [128, 256])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_saturated_codes_count_every_cycle(backend, stoc_len, depth):
@@ -215,19 +235,20 @@ def test_saturated_codes_count_every_cycle(backend, stoc_len, depth):
     a, b = 127 * signs.expand(5, depth), 127 * signs[:2].expand(2, depth)
     spec = resolve_streams("bipolar", 8, stoc_len)
     expected = (signs * signs[:2].T).int() * depth * stoc_len
-    assert torch.equal(BACKENDS[backend].counts(a, b, spec), expected)
+    assert torch.equal(counts(a, b, spec, backend), expected)
     ones = torch.full((2, depth), 255, dtype=torch.int16)
     spec = resolve_streams("unipolar", 8, stoc_len)
-    assert torch.equal(BACKENDS[backend].counts(ones, ones, spec), torch.full((2, 2), depth * stoc_len).int())
+    assert torch.equal(counts(ones, ones, spec, backend), torch.full((2, 2), depth * stoc_len).int())
 
 
 @each_backend
+@pytest.mark.usefixtures("wide_steps")
 @pytest.mark.parametrize("stoc_len", [128, 256])
 @pytest.mark.parametrize("chunk_d", [0, 128])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_saturated_operands_multiply_exactly(backend, stoc_len, chunk_d, depth):
     signs = torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0])[:, None]
-    out = sc_matmul(
+    out = multiply(
         signs.expand(5, depth), signs[:2].expand(2, depth), stoc_len=stoc_len, chunk_d=chunk_d, backend=backend
     )
     exact = signs * signs[:2].T * depth
@@ -241,7 +262,7 @@ def test_saturated_operands_multiply_exactly(backend, stoc_len, chunk_d, depth):
 def test_all_zeros(backend, granularity):
     zeros, ones = torch.zeros(3, 7), torch.ones(2, 7)
     for a, b in ((zeros, zeros), (zeros, ones), (ones, zeros)):
-        out = sc_matmul(a, b, granularity, stoc_len=100, backend=backend)
+        out = multiply(a, b, granularity, stoc_len=100, backend=backend)
         assert torch.equal(out, torch.zeros(a.shape[0], b.shape[0]))
 
 
@@ -249,7 +270,7 @@ def test_all_zeros(backend, granularity):
 def test_zero_row_in_unipolar_mode(backend):
     a = np.concatenate([np.zeros((1, 9)), np.ones((1, 9)), -np.ones((1, 9))]).astype(np.float32)
     expected = brute_force.matmul(a, a, mode="unipolar")
-    out = sc_matmul(torch.from_numpy(a), torch.from_numpy(a), mode="unipolar", backend=backend)
+    out = multiply(torch.from_numpy(a), torch.from_numpy(a), mode="unipolar", backend=backend)
     assert (np.abs(out.numpy() - expected.value) <= expected.tolerance).all()
     assert torch.equal(out[0], torch.zeros(3))
 
@@ -261,7 +282,7 @@ def test_one_huge_value_leaves_only_itself(backend):
     codes = encode(a, resolve_streams(), "per_row").codes
     assert codes[2].nonzero().tolist() == [[33]]
     assert codes[2, 33] == -127
-    out = sc_matmul(a, torch.eye(70), stoc_len=256, backend=backend)
+    out = multiply(a, torch.eye(70), stoc_len=256, backend=backend)
     assert torch.isfinite(out).all()
     assert out[2].nonzero().tolist() == [[33]]
 
@@ -296,8 +317,8 @@ def test_rows_do_not_depend_on_their_neighbours(backend, rows, columns):
     generator = torch.Generator().manual_seed(rows)
     a, b = torch.randn(rows, 130, generator=generator), torch.randn(columns, 130, generator=generator)
     knobs = {"stoc_len": 96, "chunk_d": 64, "backend": backend}
-    together = sc_matmul(a, b, **knobs)
-    alone = torch.cat([sc_matmul(row[None], b, **knobs) for row in a])
+    together = multiply(a, b, **knobs)
+    alone = torch.cat([multiply(row[None], b, **knobs) for row in a])
     assert torch.equal(together, alone)
 
 
@@ -313,6 +334,6 @@ def test_operands_are_left_as_they_were():
 def test_strides_do_not_matter(backend):
     a, b = torch.randn(20, 6).T, torch.randn(4, 40)[:, ::2]
     assert torch.equal(
-        sc_matmul(a, b, stoc_len=77, backend=backend),
-        sc_matmul(a.contiguous(), b.contiguous(), stoc_len=77, backend=backend),
+        multiply(a, b, stoc_len=77, backend=backend),
+        multiply(a.contiguous(), b.contiguous(), stoc_len=77, backend=backend),
     )

@@ -134,7 +134,7 @@ SCOPES = {
     "smooth float64": (TWO, {"smooth_scales": torch.ones(6).double()}, ["smooth_scales", "torch.float32", "(6,)"]),
     "smooth list": (TWO, {"smooth_scales": [1.0] * 6}, ["smooth_scales", "torch.float32", "(6,)"]),
     "smooth device": (TWO, {"smooth_scales": meta(6)}, ["smooth_scales", "meta", "cpu"]),
-    "backend": (TWO, {"backend": "fpga"}, ["backend='fpga'", "reference", "cpu"]),
+    "backend": (TWO, {"backend": "fpga"}, ["backend='fpga'", "reference", "cpu", "triton", "cuda"]),
     "backend empty": (TWO, {"backend": ""}, ["backend=''", "reference", "cpu"]),
 }
 
@@ -149,11 +149,34 @@ def test_scopes_are_refused(shape, arguments, named):
     assert_names(named, sc_matmul, torch.ones(shape), torch.ones(shape), **arguments)
 
 
+def test_no_backend_is_chosen_for_an_unknown_device():
+    assert_names(["backend=None", "meta", "reference", "triton"], resolve_backend, None, torch.device("meta"))
+
+
 @pytest.mark.parametrize("device", ["cuda", "meta"])
-def test_no_backend_is_chosen_for_an_unknown_device(device):
-    assert_names(["backend=None", device, "reference", "cpu"], resolve_backend, None, torch.device(device))
+def test_the_cpu_backend_stays_on_the_cpu(device):
     assert_names(["backend='cpu'", device, "CPU"], resolve_backend, "cpu", torch.device(device))
     assert resolve_backend("reference", torch.device(device)) == "reference"
+
+
+def test_a_gpu_has_a_backend():
+    assert resolve_backend(None, torch.device("cuda")) == "cuda"
+    assert resolve_backend("triton", torch.device("cuda", 1)) == "triton"
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_gpu_backends_stay_on_a_gpu(backend, device, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    named = [f"backend='{backend}'", "CUDA device", device]
+    assert_names(named, resolve_backend, backend, torch.device(device))
+    assert_names(named, sc_matmul, *(torch.ones(2, 3, device=device) for _ in range(2)), backend=backend)
+
+
+def test_only_triton_has_an_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("triton", torch.device("cpu")) == "triton"
+    assert_names(["backend='cuda'", "CUDA device", "cpu"], resolve_backend, "cuda", torch.device("cpu"))
 
 
 def test_group_sizes_may_differ():
