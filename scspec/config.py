@@ -21,6 +21,9 @@ import yaml
 
 from scspec.sc.knobs import resolve_knobs
 
+#: What each device computes with.
+BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+DTYPES = {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}
 SCHEMA_PATH = Path(__file__).resolve().parents[1] / "workflow" / "config.schema.yaml"
 
 
@@ -234,11 +237,16 @@ def _check_across(settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"sampling_seed: {seeds} repeats the same tokens with sampling.do_sample: false; allowed: one seed"
         )
+    device = settings["device"]
+    if settings["backend"] not in BACKENDS[device]:
+        allowed = ", ".join(BACKENDS[device])
+        raise ValueError(f"backend: {settings['backend']!r} is not allowed with device: {device!r}; allowed: {allowed}")
     for name, pair in settings["pairs"].items():
         dtype = pair["dtype"] or settings["dtype"]
-        if pair["enabled"] and dtype != "float32":
+        if pair["enabled"] and dtype not in DTYPES[device]:
+            allowed = ", ".join(DTYPES[device])
             raise ValueError(
-                f"pairs.{name}: dtype {dtype!r} is not allowed with device: {settings['device']!r}; allowed: float32"
+                f"pairs.{name}: dtype {dtype!r} is not allowed with device: {device!r}; allowed: {allowed}"
             )
 
 

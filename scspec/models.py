@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from scspec.patching import patch_model
+from scspec.patching import GPU_DTYPES, model_backend, patch_model
 from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
 
@@ -150,18 +150,19 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    backend: str | None = None,
     sc_overrides: dict | str | None = None,
     skip_layers: tuple[int, ...] = (),
     keep_float_weights: bool = False,
 ) -> PreTrainedModel:
     """Return one patched model instance, ready for decoding.
 
-    name: alias, folder or Hugging Face id.  dtype, device: float32 on "cpu".  sc_overrides: knobs or a preset
-    (`sc.knobs`).  skip_layers: decoder layers left out, counted from 0.
+    name: alias, folder or Hugging Face id.  device: "cpu" (float32) or "cuda" (float32, float16, bfloat16); backend of
+    every SC matmul: None for the device's default.  sc_overrides: knobs or a preset (`sc.knobs`).  skip_layers: decoder
+    layers left out, counted from 0. On a GPU the weights are packed and dropped layer by layer.
     Raises ValueError before loading weights where an argument is at fault.
     """
-    if device != "cpu" or dtype != torch.float32:
-        raise ValueError(f"device={device!r}, dtype={dtype}: supported is device='cpu' with torch.float32")
+    check_placement(device, dtype, backend)
     resolve_knobs(sc_overrides)
     location = local_folder(name)
     layers = AutoConfig.from_pretrained(location).num_hidden_layers
@@ -170,7 +171,20 @@ def load_model(
         raise ValueError(f"skip_layers={list(skip_layers)}: {name} has layers 0..{layers - 1}, and one must remain")
     model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, attn_implementation="eager")
     _skip_layers(model, set(skip_layers))
-    return patch_model(model, sc_overrides, keep_float_weights=keep_float_weights)
+    return patch_model(model, sc_overrides, device=device, backend=backend, keep_float_weights=keep_float_weights)
+
+
+def check_placement(device: str, dtype: torch.dtype, backend: str | None) -> None:
+    """Raise ValueError for a device that is not here, or a dtype or backend that it does not have."""
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}: allowed are 'cpu' and 'cuda'")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}: torch {torch.__version__} finds no CUDA device here")
+    allowed = GPU_DTYPES if kind == "cuda" else (torch.float32,)
+    if dtype not in allowed:
+        raise ValueError(f"dtype={dtype}: on {kind!r} allowed are {', '.join(map(str, allowed))}")
+    model_backend(backend, torch.device(device))
 
 
 def _skip_layers(model: PreTrainedModel, skipped: set[int]) -> None:
@@ -190,17 +204,18 @@ def load_spec_models(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    backend: str | None = None,
     target_sc_overrides: dict | str | None = None,
     draft_sc_overrides: dict | str | None = None,
     draft_skip_layers: tuple[int, ...] = (),
     keep_float_weights: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return (target, draft, tokenizer): two separately loaded, separately patched instances.
+    """Return (target, draft, tokenizer): two separately loaded, separately patched instances (`load_model`).
 
     Raises ValueError, before any weights are loaded, if their vocabularies differ.
     """
     check_vocabularies(target_model, draft_model)
-    common = {"dtype": dtype, "device": device, "keep_float_weights": keep_float_weights}
+    common = {"dtype": dtype, "device": device, "backend": backend, "keep_float_weights": keep_float_weights}
     target = load_model(target_model, sc_overrides=target_sc_overrides, **common)
     draft = load_model(draft_model, sc_overrides=draft_sc_overrides, skip_layers=draft_skip_layers, **common)
     return target, draft, load_tokenizer(target_model)

@@ -34,31 +34,43 @@ def patch_model(
     model: PreTrainedModel,
     overrides: dict | str | None = None,
     *,
+    device: torch.device | str | None = None,
     backend: str | None = None,
     keep_float_weights: bool = False,
 ) -> PreTrainedModel:
     """Return `model`, rewired in place. Afterwards it obeys the seam of docs/architecture.md (`new_kv_cache`, ...).
 
-    overrides: SC knobs (`SC_CONFIG_DEFAULTS`) or a preset's name. backend: of every SC matmul, None for the device's
-    default. keep_float_weights: knobs that need the weights again (sc_prec, the linear scopes, switching SC on or off)
-    stay free; costs the float copy's memory. Raises ValueError for a model or knob that is not modelled.
+    overrides: SC knobs (`SC_CONFIG_DEFAULTS`) or a preset's name. device: where the model goes, packed on the way, so
+    that its float weights are never there all at once; None for where it is. backend: of every SC matmul, None for the
+    device's default. keep_float_weights: knobs that need the weights again (sc_prec, the linear scopes, switching SC on
+    or off) stay free; costs the float copy's memory. Raises ValueError for a model or knob that is not modelled.
     """
     knobs = resolve_knobs(overrides)
-    backend = resolve_backend(backend, model.device)
+    device = model.device if device is None else torch.device(device)
+    backend = model_backend(backend, device)
     _check_supported(model, backend)
     for name, value in knobs.items():
         setattr(model.config, name, value)
     model.eval().requires_grad_(False)
     # What the leaves read; refreshed from the config before each forward.
     model.sc_knobs = SimpleNamespace(**knobs, backend=backend)
-    linears = _replace_leaves(model)
+    groups = _replace_leaves(model)
     _replace_attention(model)
     model.forward = MethodType(_forward, model)
     model.new_kv_cache = MethodType(_new_kv_cache, model)
-    if not keep_float_weights:
-        for linear in linears:
-            linear.drop_float_weight()
-    return model
+    for group in groups:
+        group.settle(device, keep_float_weights)
+    return model.to(device)
+
+
+def model_backend(backend: str | None, device: torch.device) -> str:
+    """Return the backend of a model on `device`. Raises ValueError for one that packs no weights."""
+    backend = resolve_backend(backend, device)
+    if backend == "reference":
+        raise ValueError(
+            "backend='reference': multiplies, but packs no weights of a model; on the CPU allowed is 'cpu'"
+        )
+    return backend
 
 
 def _check_supported(model: PreTrainedModel, backend: str) -> None:
@@ -81,8 +93,8 @@ def _check_supported(model: PreTrainedModel, backend: str) -> None:
         raise ValueError(f"model in {model.dtype} on {model.device}: allowed are {', '.join(map(str, allowed))}")
 
 
-def _replace_leaves(model: PreTrainedModel) -> list[SCLinear]:
-    """Replace the leaves; return the SCLinears. Raises ValueError if a layer keeps a leaf we do not know."""
+def _replace_leaves(model: PreTrainedModel) -> list[SharedInput]:
+    """Replace the leaves; return the SCLinears by what they read. Raises ValueError for a leaf we do not know."""
     linears = []
     for path, module in list(model.named_modules()):
         new = _replacement(path, module, model.sc_knobs)
@@ -99,7 +111,7 @@ def _replace_leaves(model: PreTrainedModel) -> list[SCLinear]:
     for layer in model.model.layers:
         SharedInput.join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
         SharedInput.join([layer.mlp.gate_proj, layer.mlp.up_proj])
-    return linears
+    return list(dict.fromkeys(linear.shared for linear in linears))
 
 
 def _replacement(path: str, module: nn.Module, knobs) -> nn.Module | None:

@@ -6,7 +6,19 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
-PACKAGES = ("scspec", "torch", "transformers", "numpy", "numba", "tokenizers", "safetensors", "pyarrow", "snakemake")
+PACKAGES = (
+    "scspec",
+    "torch",
+    "triton",
+    "cuda-core",
+    "transformers",
+    "numpy",
+    "numba",
+    "tokenizers",
+    "safetensors",
+    "pyarrow",
+    "snakemake",
+)
 
 
 def versions() -> dict[str, str]:
@@ -30,8 +42,12 @@ def _git(root: Path, *args: str) -> str:
 
 def device_name(device: str) -> str:
     """Return the name of the processor behind a torch device string, as the system reports it."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.get_device_name(device)
     if device != "cpu":
-        raise ValueError(f"device={device!r}: allowed is 'cpu'")
+        raise ValueError(f"device={device!r}: allowed are 'cpu' and 'cuda'")
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

@@ -17,12 +17,11 @@ from scspec import provenance
 from scspec.cells import Cell, Side
 from scspec.decoding import Block, CachedScorer, Conversation, Draws, SamplingConfig, Turn, decode_batch, key_from
 from scspec.hardware import sc_mac_share
-from scspec.models import check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
+from scspec.models import check_placement, check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
 from scspec.patching import knobs_of
 from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
 from scspec.results import write_cell
 from scspec.sc.knobs import PRESETS, resolve_knobs
-from scspec.sc.matmul import resolve_backend
 
 
 def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: int = 1) -> None:
@@ -41,7 +40,7 @@ def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: i
     limit = min(context_limit(side.model) for side in (cell.target, cell.draft))
     for prompt in prompts:  # a later turn's length is known when the turns before it are decoded
         _check_length(cell, prompt, 0, len(encode_turn(tokenizer, [], prompt.turns[0])), limit)
-    run = _Run(cell, prompts, tokenizer, _load(cell.target), _load(cell.draft), prompts_per_batch)
+    run = _Run(cell, prompts, tokenizer, _load(cell, cell.target), _load(cell, cell.draft), prompts_per_batch)
     provenance_of_run = run.metadata()  # before the expensive part: what cannot be said must not lose results
     rows = run.rows()
     metadata = {
@@ -63,13 +62,7 @@ def _checked_prompts(cell: Cell) -> list[Prompt]:
 
 
 def _check_cell(cell: Cell) -> None:
-    if cell.device != "cpu":
-        raise ValueError(f"device={cell.device!r}: allowed is 'cpu'")
-    if cell.dtype != "float32":
-        raise ValueError(f"dtype={cell.dtype!r}: on the CPU allowed is 'float32'")
-    default = resolve_backend(None, torch.device(cell.device))
-    if cell.backend != default:
-        raise ValueError(f"backend={cell.backend!r}: models on {cell.device} run on {default!r}")
+    check_placement(cell.device, getattr(torch, cell.dtype), cell.backend)
     for side in (cell.target, cell.draft):
         resolve_knobs(_overrides(side))
     check_vocabularies(cell.target.model, cell.draft.model)
@@ -89,8 +82,9 @@ def _overrides(side: Side) -> dict:
     return PRESETS["float"] if side.sc is None else side.sc
 
 
-def _load(side: Side):
-    return load_model(side.model, sc_overrides=_overrides(side), skip_layers=side.skip_layers)
+def _load(cell: Cell, side: Side):
+    where = {"device": cell.device, "dtype": getattr(torch, cell.dtype), "backend": cell.backend}
+    return load_model(side.model, sc_overrides=_overrides(side), skip_layers=side.skip_layers, **where)
 
 
 class _Run:

@@ -131,7 +131,7 @@ def test_float_sides_have_no_streams(cells, tmp_path):
     ("changed", "message"),
     [
         ({"device": "cuda"}, "device='cuda'"),
-        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"dtype": "float16"}, "dtype=torch.float16"),
         ({"backend": "reference"}, "backend='reference'"),
         ({"prompt_sha256": "0"}, "SHA-256"),
     ],

@@ -162,6 +162,13 @@ class SharedInput:
         elif form == INVARIANT and backend in GPU_BACKENDS:
             self.weight = self._joined_floats()
 
+    def settle(self, device: torch.device, keep_float_weights: bool) -> None:
+        """Move to `device` and, unless they are kept, prepare there and let go of the float weights."""
+        for member in self.members:
+            member.to(device)
+        for member in self.members if not keep_float_weights else ():
+            member.drop_float_weight()
+
     def _joined_floats(self) -> torch.Tensor:
         if len(self.members) == 1:
             return self.members[0].weight.detach()
