@@ -50,9 +50,10 @@ def one_thread():
 
 @pytest.fixture
 def wide_steps(monkeypatch):
-    """In the interpreter, which pays for each operation, add up 128 dimensions a step; integers, so nothing changes."""
+    """In the interpreter, which pays for each operation: more dimensions a step, fewer chunks ahead; the same bits."""
     if DEVICE.type == "cpu":
         monkeypatch.setattr(triton, "_DIMS", 128)
+        monkeypatch.setattr(triton, "_AHEAD", 1)
 
 
 @pytest.fixture(scope="session")
