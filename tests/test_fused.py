@@ -66,6 +66,10 @@ def test_cached_equals_cache_free():
     check_partition(patched(), ([1] * 6, 16), ([3, 1, 2], 64))
 
 
+def test_more_rows_than_a_tile_of_floats():
+    check_partition(patched(FLOAT), ([17, 1], 64), ([1, 16, 1], 64), ids=IDS.repeat(1, 3))
+
+
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "sc"])
 def test_every_arm_is_exact(arm):
     check_partition(patched(ARMS[arm], layers=1), ([1, 3], 16), ids=IDS[:, :4])
@@ -208,7 +212,7 @@ def test_alone_equals_in_a_ragged_batch(overrides):
 @pytest.mark.parametrize("gamma", [1, 3])
 @pytest.mark.parametrize("overrides", [SC, FLOAT], ids=["sc", "float"])
 def test_identity_accepts_everything(overrides, gamma, sampling):
-    target, twin = (patched(overrides) for _ in range(2))
+    target, twin = (patched(overrides, layers=1) for _ in range(2))
     arguments = {"max_new_tokens": 2 * (gamma + 1), **vars(sampling)}
     text, stats = generate_cached(target, twin, IDS[:, :2], gamma=gamma, eos_token_id=[], **arguments)
     assert [block.accepted for block in stats.blocks] == [gamma] * 2

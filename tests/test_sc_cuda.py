@@ -6,20 +6,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from interpreter import DEVICE
 from test_sc_triton import DTYPES, operands, packed, specified
 
 from scspec.sc import cuda, triton
-from scspec.sc.device import device_tables
+from scspec.sc.device import CHUNK, TILE
 from scspec.sc.streams import resolve_streams
 
 CUOBJDUMP = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ROWS = (1, 2, 3, 4, 5, 8, 9, 64)
 LENGTHS = (1, 128, 129, 200, 255, 256)
-REGISTERS, SHARED_BYTES = 65536, 227 * 1024  # of an sm_90 multiprocessor, a block
+PROCESSORS, REGISTERS, SHARED_BYTES = 132, 65536, 227 * 1024  # of an H100: the last two of a block
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def launched(monkeypatch):
     """Return a list that fills with (kernel name, config, arguments) of launches, none of which happens."""
     calls = []
     monkeypatch.setattr(cuda, "_kernel", lambda name, index: name)
-    monkeypatch.setattr(cuda, "_processors", lambda index: 132)
+    monkeypatch.setattr(cuda, "_processors", lambda index: PROCESSORS)
     monkeypatch.setattr(cuda, "_architecture", lambda index: 90)
     monkeypatch.setattr(cuda, "_stream", lambda handle: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
@@ -46,12 +45,13 @@ def launched(monkeypatch):
 
 
 def test_it_compiles_every_kernel_it_can_ask_for(resources, launched):
-    weight = packed(torch.zeros(3, 130, device=DEVICE), resolve_streams())
-    for dtype in DTYPES.values():
-        for stoc_len in LENGTHS:
-            tables = device_tables(resolve_streams("bipolar", 8, stoc_len), DEVICE)
+    for stoc_len in LENGTHS:
+        spec = resolve_streams("bipolar", 8, stoc_len)
+        weight = packed(torch.zeros(3, 130, device=DEVICE), spec)
+        for dtype in DTYPES.values():
             for rows in ROWS:
-                cuda.segment_sums(torch.zeros(rows, 130, dtype=dtype, device=DEVICE), weight, tables)
+                x = torch.zeros(rows, 130, dtype=dtype, device=DEVICE)
+                cuda.linear(x, weight, spec, out_dtype=torch.float32)
     assert {name for name, _, _ in launched} == set(resources)
 
 
@@ -66,21 +66,19 @@ def test_no_kernel_spills(resources):
 @pytest.mark.parametrize("stoc_len", [128, 256])
 @pytest.mark.parametrize(("outputs", "depth"), [(1, 1), (33, 130), (4096, 128), (14336, 256)])
 def test_the_blocks_cover_the_work_once(launched, outputs, depth, rows, stoc_len):
-    """As many spans as blocks, none of them empty; where a segment is half a chunk, twice the sums."""
+    """As many spans of warp tiles as blocks, none of them empty; where 8 rows are packed, a segment is half a chunk."""
     spec = resolve_streams("bipolar", 8, stoc_len)
     weight = packed(torch.zeros(outputs, depth, device=DEVICE), spec)
-    parts = cuda.segment_sums(torch.zeros(rows, depth, device=DEVICE), weight, device_tables(spec, DEVICE))
-    ((name, config, args),) = launched
+    cuda.linear(torch.zeros(rows, depth, device=DEVICE), weight, spec, out_dtype=torch.float32)
+    ((name, config, arguments),) = launched
     packed_rows = int(name.split("_")[1])
-    span = int(args[-1])
-    assert parts.per_chunk == (2 if packed_rows == 8 else 1)
-    assert parts.sums.shape == (weight.chunks * parts.per_chunk, rows, weight.m_pad)
-    tiles = -(-rows // packed_rows) * weight.chunks * parts.per_chunk * weight.m_pad // 32
-    blocks = config.grid[0]
+    per_chunk = 2 if packed_rows == 8 else 1
+    tiles = -(-rows // packed_rows) * weight.chunks * per_chunk * weight.m_pad // TILE
+    span, blocks = cuda._span(tiles, PROCESSORS), config.grid[0]
+    assert span in arguments
     assert (blocks - 1) * span < tiles <= blocks * span
-    assert blocks <= 132
-    assert stoc_len * 128 // parts.per_chunk < 2**15, "a segment's sum fits its 16 bits"
-    assert all(isinstance(size, np.int32) for size in args[6:])
+    assert blocks <= PROCESSORS
+    assert stoc_len * CHUNK // per_chunk < 2**15, "a segment's sum fits its 16 bits"
 
 
 def test_everything_but_the_packed_linear_is_tritons():
@@ -93,16 +91,15 @@ def test_everything_but_the_packed_linear_is_tritons():
 @pytest.mark.parametrize("stoc_len", [1, 100, 128, 200, 256])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 17, 64, 65, 200])
-def test_sums_are_tritons(rows, dtype, stoc_len):
-    """On a layer wide enough that a block's span ends within a segment and begins within another."""
+def test_wide_layers_are_sc_matmul(rows, dtype, stoc_len):
+    """Wide enough that a block's span ends within a segment and begins within another; twice, for the tickets."""
     x, weight = operands(rows, 3333, 1000, dtype)
     spec = resolve_streams("bipolar", 8, stoc_len)
     prepared = packed(weight, spec)
-    ours, theirs = (module.segment_sums(x, prepared, device_tables(spec, DEVICE)) for module in (cuda, triton))
-    assert torch.equal(ours.scale, theirs.scale)
-    sums = ours.sums.view(prepared.chunks, ours.per_chunk, rows, -1).int().sum(1)
-    assert torch.equal(sums, theirs.sums.view(prepared.chunks, theirs.per_chunk, rows, -1).int().sum(1))
-    assert torch.equal(cuda.linear(x, prepared, spec, out_dtype=dtype), specified(x, weight, stoc_len).to(dtype))
+    for _ in range(2):
+        out = cuda.linear(x, prepared, spec, out_dtype=dtype)
+        assert torch.equal(out, specified(x, weight, stoc_len).to(dtype))
+        assert not prepared.tickets.any()
 
 
 @pytest.mark.gpu

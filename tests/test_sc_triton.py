@@ -101,6 +101,7 @@ def test_counts_equal_the_reference(rows, outputs, depth, spec):
 
 
 @each_backend
+@pytest.mark.usefixtures("wide_steps")
 @pytest.mark.parametrize(("shape", "stoc_len", "dtype"), thinned(SHAPES, LENGTHS, DTYPES.values()), ids=str)
 def test_linear_is_sc_matmul(backend, shape, stoc_len, dtype):
     x, weight = operands(*shape, dtype)
@@ -183,7 +184,7 @@ def test_rows_do_not_depend_on_their_neighbours(backend, outputs, depth, dtype):
 @each_backend
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("rows", "outputs", "depth"), [(1, 6, 70), (5, 34, 200), (3, 262, 128)])
+@pytest.mark.parametrize(("rows", "outputs", "depth"), [(1, 6, 70), (5, 34, 200), (3, 262, 128), (2, 64, 200)])
 @pytest.mark.usefixtures("wide_steps")
 def test_finishes_are_the_steps_apart(backend, rows, outputs, depth, biased, dtype):
     x, weight = operands(rows, outputs, depth, dtype)
