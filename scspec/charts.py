@@ -11,7 +11,7 @@ from math import ceil
 import altair as alt
 import pandas as pd
 
-from scspec.stats import MIN_PROMPTS, NO_INTERVAL, ONE_SIDED
+from scspec.stats import MIN_PROMPTS, NO_INTERVAL, ONE_SIDED, PLATFORM_COLUMNS
 
 # Okabe & Ito 2008, without yellow and black; lightened for the dark page. Every hue has contrast >= 3 on its page.
 _PALETTES = {
@@ -28,7 +28,14 @@ def _theme(name: str) -> dict:
     return {
         "background": None,
         "font": "system-ui, -apple-system, 'Segoe UI', sans-serif",
-        "axis": {**text, "gridColor": grid, "domainColor": muted, "tickColor": muted, "titlePadding": 8},
+        "axis": {
+            **text,
+            "gridColor": grid,
+            "domainColor": muted,
+            "tickColor": muted,
+            "titlePadding": 8,
+            "labelFlush": False,  # or the labels of the two ends leave their ticks
+        },
         "legend": {
             **text,
             "labelColor": ink,
@@ -141,8 +148,8 @@ def _with_texts(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(alpha_interval=texts("alpha", "interval"), tau_interval_text=texts("tau", "tau_interval"))
 
 
-def _one_kind(cells: pd.DataFrame, *, one_pair: bool) -> None:
-    for name in ("do_sample", *(["pair"] if one_pair else [])):
+def _one_kind(cells: pd.DataFrame) -> None:
+    for name in ("pair", "do_sample", *PLATFORM_COLUMNS):
         if cells[name].nunique() != 1:
             raise ValueError(f"a chart is of one {name}, got {sorted(cells[name].unique())}")
 
@@ -163,7 +170,7 @@ def _curve_table(cells: pd.DataFrame) -> tuple[pd.DataFrame, list[str], list[str
     cells["x"] = cells["stoc_len"].astype(float) * 2.0 ** (_DODGE_OCTAVES * shift)
     cells["streams"] = unscrambled(cells).map({True: _UNSCRAMBLED, False: _SCRAMBLED})
     # One line never joins cells that differ in more than the length.
-    cells["curve"] = cells[["draft", "sampling_seed", "sc_seed", "device", "backend"]].astype(str).agg("|".join, axis=1)
+    cells["curve"] = cells[["draft", "sampling_seed", "sc_seed"]].astype(str).agg("|".join, axis=1)
     cells["ceiling"] = cells["gamma"] + 1
     return cells, drafts, list(dict.fromkeys(cells["panel"]))
 
@@ -200,7 +207,7 @@ def _curve_layers(table: pd.DataFrame, drafts: list[str], quantity: str, interva
 
 def _curves(cells: pd.DataFrame, quantity: str, interval: str, y: dict, *references: alt.Chart) -> alt.FacetChart:
     """`quantity` per length with its bounds, a colour per draft, a panel per gamma; `references` behind."""
-    _one_kind(cells, one_pair=True)
+    _one_kind(cells)
     table, drafts, panels = _curve_table(cells)
     layers = _curve_layers(table, drafts, quantity, interval, y)
     gammas = table["gamma"].nunique()
@@ -216,8 +223,8 @@ def _curves(cells: pd.DataFrame, quantity: str, interval: str, y: dict, *referen
 
 def alpha_chart(cells: pd.DataFrame) -> alt.FacetChart:
     """alpha against the target's stoc_len with 95 % intervals, from summary rows of one pair, arm sc_sc, greedy or
-    sampled. Raises ValueError if pairs or greedy and sampled cells are mixed."""
-    y = {"title": "alpha (mean overlap per emitted token)", "scale": alt.Scale(domain=[0, 1])}
+    sampled. Raises ValueError if pairs, platforms (PLATFORM_COLUMNS), or greedy and sampled cells are mixed."""
+    y = {"title": _alpha_title(cells), "scale": alt.Scale(domain=[0, 1])}
     return _curves(cells, "alpha", "interval", y).properties(description=_description("Acceptance alpha", cells))
 
 
@@ -233,10 +240,22 @@ def tau_chart(cells: pd.DataFrame) -> alt.FacetChart:
     )
 
 
+def _alpha_title(cells: pd.DataFrame) -> str:
+    """What alpha is: two different quantities (DESIGN 4), so a chart holds one of them."""
+    return f"alpha ({'mean overlap' if cells['do_sample'].iloc[0] else 'agreement'} per emitted token)"
+
+
+def decoding(do_sample: bool) -> str:
+    """How a cell was decoded, in a word: "sampled" or "greedy"."""
+    return "sampled" if do_sample else "greedy"
+
+
 def _description(quantity: str, cells: pd.DataFrame) -> str:
-    decoding = "sampled" if cells["do_sample"].iloc[0] else "greedy"
-    pair = cells["pair"].iloc[0]
-    return f"{quantity} against the target's stream length, pair {pair}, {decoding} decoding, a panel per gamma"
+    return f"{quantity} against the target's stream length, {_subject(cells)}, a panel per gamma"
+
+
+def _subject(cells: pd.DataFrame) -> str:
+    return f"pair {cells['pair'].iloc[0]}, {decoding(cells['do_sample'].iloc[0])} decoding"
 
 
 _SETTINGS = {  # column -> how a control's label says it, where controls differ in it
@@ -260,10 +279,10 @@ def _controls_table(cells: pd.DataFrame) -> pd.DataFrame:
     return table.sort_values(["rank", *_SETTINGS])
 
 
-def controls_chart(cells: pd.DataFrame) -> alt.FacetChart:
-    """alpha of the control arms, a panel per pair, with a tick where `identity` must lie; from summary rows of the
-    arms other than sc_sc, greedy or sampled. Raises ValueError if these are mixed."""
-    _one_kind(cells, one_pair=False)
+def controls_chart(cells: pd.DataFrame) -> alt.LayerChart:
+    """alpha of the control arms, with a tick where `identity` must lie; from summary rows of one pair, arms other than
+    sc_sc. Raises ValueError if pairs, platforms (PLATFORM_COLUMNS), or greedy and sampled cells are mixed."""
+    _one_kind(cells)
     table = _controls_table(cells)
     y = alt.Y(
         "label:N",
@@ -271,7 +290,7 @@ def controls_chart(cells: pd.DataFrame) -> alt.FacetChart:
         sort=list(dict.fromkeys(table["label"])),
         axis=alt.Axis(labelLimit=400, grid=True),
     )
-    x = alt.X("alpha:Q", title="alpha (mean overlap per emitted token)", scale=alt.Scale(domain=[0, 1]))
+    x = alt.X("alpha:Q", title=_alpha_title(cells), scale=alt.Scale(domain=[0, 1]), axis=alt.Axis(tickCount=10))
     color = alt.Color("measured:N", legend=None)
     base = alt.Chart().encode(y=y).transform_calculate(measured="'measured'")
     layers = [
@@ -282,8 +301,7 @@ def controls_chart(cells: pd.DataFrame) -> alt.FacetChart:
         .encode(x="alpha_lo:Q", x2="alpha_hi:Q", color=color),
         base.mark_circle(size=75, opacity=1).encode(x=x, color=color, tooltip=_TOOLTIP),
     ]
-    columns = [*_TOOLTIP_FIELDS, "pair", "label", "expected", "interval", "alpha_lo", "alpha_hi"]
-    layered = alt.layer(*layers).properties(width=330, height=alt.Step(28))
-    facet = alt.Facet("pair:N", header=alt.Header(title=None))
-    chart = layered.facet(facet, columns=2, data=alt.InlineData(values=_records(table[columns])))
-    return chart.properties(description="Acceptance alpha of the controls, a panel per pair")
+    columns = [*_TOOLTIP_FIELDS, "label", "expected", "interval", "alpha_lo", "alpha_hi"]
+    chart = alt.layer(*layers, data=alt.InlineData(values=_records(table[columns])))
+    description = f"Acceptance alpha of the controls, {_subject(cells)}"
+    return chart.properties(width=330, height=alt.Step(28), description=description)

@@ -2,12 +2,13 @@
 
 The page holds its own JavaScript (Vega, once) and forbids itself every request, so it opens from a file share.
 Text from prompts, models and files reaches it escaped: in HTML by the template, in JSON with < > & as \\u escapes.
+Cells of different platforms (device, dtype, backend) share no chart, table or verdict.
 Not covered: a page per pair or cell, hardware estimates, quality of the target.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from scspec.charts import (
     THEMES,
     alpha_chart,
     controls_chart,
+    decoding,
     draft_labels,
     interval_text,
     number,
     tau_chart,
 )
 from scspec.results import atomic_file, check_identities, read_cells
-from scspec.stats import MIN_PROMPTS, NO_INTERVAL, summarise
+from scspec.stats import MIN_PROMPTS, NO_INTERVAL, PLATFORM_COLUMNS, summarise
 
 IDENTITY = "identity"
 HOLDS, BROKEN, NOT_RUN = "holds", "BROKEN: the run is broken", "not run"
@@ -48,7 +50,7 @@ def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_pat
     """
     blocks, metadata = read_cells(path for path in map(Path, cell_paths) if path.exists())
     check_identities(blocks)
-    summary = summarise(blocks)
+    summary = summarise(blocks, metadata)
     page = _render(_page(blocks, summary, list(metadata.values()), plan, Path(out_path)))
     write_table(summary, Path(out_path).with_suffix(""))
     with atomic_file(out_path) as file:
@@ -90,6 +92,7 @@ def _page(
         "nonce": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),
         "demonstration": plan["demonstration"],
         "alarms": _alarms(verdicts, metadata),
+        "platforms": _platforms(summary),
         "facts": _facts(blocks, summary, plan, missing, verdicts),
         "sections": sections,
         "control_charts": control_charts,
@@ -110,44 +113,56 @@ def _columns(entries: list[dict[str, Any]]) -> list[str]:
     return [*(name for name in names if name != "reason"), "reason"]
 
 
-def _decoding(do_sample: bool) -> str:
-    return "sampled" if do_sample else "greedy"
+def _platform(device_name: str, dtype: str, backend: str) -> str:
+    return f"{device_name}, {dtype}, backend {backend}"
+
+
+def _platforms(summary: pd.DataFrame) -> dict[str, int]:
+    """What the cells were computed on -> how many of them."""
+    counts = summary.groupby(list(PLATFORM_COLUMNS), sort=True).size()
+    return {_platform(*names): int(count) for names, count in counts.items()}
+
+
+def _groups(summary: pd.DataFrame, *names: str) -> Iterator[tuple[tuple, str, pd.DataFrame]]:
+    """Yields (values of the columns, platform, cells): cells that may stand in one chart or table."""
+    for values, cells in summary.groupby([*names, *PLATFORM_COLUMNS], sort=True):
+        yield values[: len(names)], _platform(*values[len(names) :]), cells
 
 
 def _sections(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """Charts of the grid: a section per pair and way of decoding."""
+    """Charts of the grid: a section per pair, way of decoding and platform."""
     grid = summary[summary["arm"] == GRID_ARM]
     sections = []
-    for index, ((pair, do_sample), cells) in enumerate(grid.groupby(["pair", "do_sample"], sort=True)):
-        known = (cells["interval"] != NO_INTERVAL).any()
+    for index, ((pair, do_sample), platform, cells) in enumerate(_groups(grid, "pair", "do_sample")):
+        bars = f"drafts are moved sideways a little to keep them apart, and {_bars(cells)}."
         charts = [
-            _chart(f"alpha-{index}", alpha_chart(cells), f"{_READ_ALPHA[do_sample]} {_bars(known)}"),
-            _chart(f"tau-{index}", tau_chart(cells), f"{_READ_TAU} {_bars(known)}"),
+            _chart(f"alpha-{index}", alpha_chart(cells), f"{_READ_ALPHA[do_sample]} {bars}"),
+            _chart(f"tau-{index}", tau_chart(cells), f"{_READ_TAU} {bars}"),
         ]
-        sections.append({"pair": pair, "decoding": _decoding(do_sample), "charts": charts})
+        sections.append({"pair": pair, "decoding": decoding(do_sample), "platform": platform, "charts": charts})
     return sections
 
 
 _READ_ALPHA = {
     False: "Each point is a cell: the share of emitted tokens on which draft and target choose the same token, so 1 "
-    "means that the draft's streams cost no acceptance;",
+    "means that the draft costs no acceptance;",
     True: "Each point is a cell: the overlap 1 - TV(p, q) of the target's and the draft's distributions, averaged over "
-    "the emitted tokens, so 1 means that the draft's streams cost no acceptance;",
+    "the emitted tokens, so 1 means that the draft costs no acceptance;",
 }
 _READ_TAU = (
     "Each point is a cell: the tokens that one pass of the target yields, from 1 (as without a draft) to the dashed "
     "line at gamma + 1 (every proposal accepted);"
 )
 _READ_CONTROLS = (
-    "Identity must lie exactly on the mark at 1; reseed shows what two equally good SC models disagree by, and the "
-    "float arms on which side SC costs acceptance."
+    "Identity must lie exactly on the mark at 1, reseed shows what two equally good SC models disagree by, and the "
+    "float arms on which side SC costs acceptance;"
 )
 
 
-def _bars(known: bool) -> str:
-    if not known:
-        return f"there are no intervals below {MIN_PROMPTS} prompts, so differences may be chance."
-    return "bars are 95 % intervals over prompts, and drafts are moved sideways a little to keep them apart."
+def _bars(cells: pd.DataFrame) -> str:
+    if (cells["interval"] == NO_INTERVAL).all():
+        return f"there are no intervals below {MIN_PROMPTS} prompts, so differences may be chance"
+    return "bars are 95\u00a0% intervals over prompts"
 
 
 def _chart(chart_id: str, chart: alt.TopLevelMixin, caption: str) -> dict[str, Any]:
@@ -159,42 +174,48 @@ def _chart(chart_id: str, chart: alt.TopLevelMixin, caption: str) -> dict[str, A
 def _control_charts(summary: pd.DataFrame) -> list[dict[str, Any]]:
     controls = summary[summary["arm"] != GRID_ARM]
     return [
-        _chart(f"controls-{_decoding(do_sample)}", controls_chart(cells), _READ_CONTROLS)
-        for do_sample, cells in controls.groupby("do_sample", sort=True)
+        {
+            **_chart(f"controls-{index}", controls_chart(cells), f"{_READ_CONTROLS} {_bars(cells)}."),
+            **{"pair": pair, "decoding": decoding(do_sample), "platform": platform},
+        }
+        for index, ((pair, do_sample), platform, cells) in enumerate(_groups(controls, "pair", "do_sample"))
     ]
 
 
 def identity_verdicts(summary: pd.DataFrame, pairs: Iterable[str] = ()) -> list[dict[str, str]]:
-    """Per pair, whether its `identity` cells hold: beta exactly 1 everywhere and every proposal accepted."""
-    verdicts = []
-    for pair in dict.fromkeys([*summary["pair"], *pairs]):
-        cells = summary[(summary["pair"] == pair) & (summary["arm"] == IDENTITY)]
-        broken = cells[(cells["beta_min"] != 1) | (cells["acceptance_rate"] != 1)]
-        if cells.empty:
-            verdict, detail = NOT_RUN, "no identity cell: nothing shows that the run is exact"
-        elif broken.empty:
-            verdict, detail = HOLDS, f"alpha is exactly 1 over {cells['tokens'].sum():,} tokens"
-        else:
-            worst = broken.loc[broken["alpha"].idxmin()]
-            verdict, detail = (
-                BROKEN,
-                f"alpha is {number(worst['alpha'])} in {worst['cell_id']}, and must be 1",
-            )
-        verdicts.append({"pair": pair, "verdict": verdict, "detail": detail})
-    return verdicts
+    """Per pair and platform, whether its `identity` cells hold: beta exactly 1 everywhere, every proposal accepted.
+
+    A pair that is in `pairs` only has a verdict too, with no platform.
+    """
+    verdicts = [
+        {"pair": pair, "platform": platform, **_identity_verdict(cells[cells["arm"] == IDENTITY])}
+        for (pair,), platform, cells in _groups(summary, "pair")
+    ]
+    without_cells = [pair for pair in dict.fromkeys(pairs) if pair not in set(summary["pair"])]
+    nothing = _identity_verdict(summary.iloc[:0])
+    return verdicts + [{"pair": pair, "platform": "", **nothing} for pair in without_cells]
+
+
+def _identity_verdict(cells: pd.DataFrame) -> dict[str, str]:
+    broken = cells[(cells["beta_min"] != 1) | (cells["acceptance_rate"] != 1)]
+    if cells.empty:
+        return {"verdict": NOT_RUN, "detail": "no identity cell: nothing shows that the run is exact"}
+    if broken.empty:
+        return {"verdict": HOLDS, "detail": f"alpha is exactly 1 over {cells['tokens'].sum():,} tokens"}
+    worst = broken.loc[broken["alpha"].idxmin()]
+    return {"verdict": BROKEN, "detail": f"alpha is {number(worst['alpha'])} in {worst['cell_id']}, and must be 1"}
 
 
 def _alarms(verdicts: list[dict[str, str]], metadata: list[dict[str, Any]]) -> list[str]:
-    alarms = [f"{its['pair']}: {its['verdict']}. {its['detail']}." for its in verdicts if its["verdict"] == BROKEN]
-    origins = {
-        "devices": {its["device"] for its in metadata},
-        "backends": {its["backend"] for its in metadata},
-        "prompt files": {f"{its['prompts']['file']}, sha256 {its['prompts']['sha256']}" for its in metadata},
-    }
-    for what, values in origins.items():
-        if len(values) > 1:
-            listed = "; ".join(sorted(values))
-            alarms.append(f"The cells come from {len(values)} different {what}, do not compare across: {listed}.")
+    alarms = [
+        f"{its['pair']} ({its['platform']}): {its['verdict']}. {its['detail']}."
+        for its in verdicts
+        if its["verdict"] == BROKEN
+    ]
+    prompts = sorted({f"{its['prompts']['file']}, sha256 {its['prompts']['sha256']}" for its in metadata})
+    if len(prompts) > 1:
+        listed = "; ".join(prompts)
+        alarms.append(f"The cells come from {len(prompts)} different prompt files, do not compare across: {listed}.")
     return alarms
 
 
@@ -202,31 +223,33 @@ def _facts(
     blocks: pd.DataFrame, summary: pd.DataFrame, plan: dict[str, Any], missing: Sequence, verdicts: Sequence
 ) -> list[tuple[str, str]]:
     """Label and value of what a reader wants to know first."""
-    pairs = [its["pair"] for its in verdicts]
     holding = sum(its["verdict"] == HOLDS for its in verdicts)
+    each = "pairs" if len({its["pair"] for its in verdicts}) == len(verdicts) else "pairs and platforms"
+    platforms = list(_platforms(summary))
     return [
         ("cells", f"{len(summary)} of {len(plan['cells'])}"),
         ("missing", str(len(missing))),
         ("impossible", str(len(plan["invalid"]))),
         ("prompts", str(blocks["prompt_id"].nunique())),
         ("tokens", f"{blocks['kept'].sum():,}"),
-        ("decoding", ", ".join(sorted({_decoding(value) for value in summary["do_sample"]})) or "none"),
-        ("identity holds", f"{holding} of {len(pairs)} pairs"),
+        ("decoding", ", ".join(sorted({decoding(value) for value in summary["do_sample"]})) or "none"),
+        ("identity holds", f"{holding} of {len(verdicts)} {each}"),
+        ("computed on", "; ".join(platforms) if len(platforms) == 1 else f"{len(platforms)} platforms"),
     ]
 
 
 def _tables(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table of text per pair and way of decoding, for the grid and for the controls."""
+    """A table of text per pair, way of decoding and platform, for the grid and for the controls."""
     tables = []
     for arms, cells in (
         ("grid", summary[summary["arm"] == GRID_ARM]),
         ("controls", summary[summary["arm"] != GRID_ARM]),
     ):
-        for (pair, do_sample), group in cells.groupby(["pair", "do_sample"], sort=True):
+        for (pair, do_sample), platform, group in _groups(cells, "pair", "do_sample"):
             group = group.assign(rank=group["arm"].map(list(ARM_LABELS).index)).sort_values(_TABLE_ORDER)
             first = dict(zip(group["cell_id"], draft_labels(group), strict=True)) if arms == "grid" else None
             rows = [_row(cell, first) for cell in group.itertuples()]
-            tables.append({"title": f"{pair}, {_decoding(do_sample)}: {arms}", "rows": rows})
+            tables.append({"title": f"{pair}, {decoding(do_sample)}: {arms}", "platform": platform, "rows": rows})
     return tables
 
 
@@ -238,17 +261,18 @@ def _row(cell: Any, drafts: dict[str, str] | None) -> dict[str, str]:
         text = interval_text(*(getattr(cell, column) for column in (name, f"{name}_lo", f"{name}_hi")), kind)
         return NO_INTERVAL if kind == NO_INTERVAL else text
 
+    seeds = (cell.sampling_seed, cell.target_sc_seed, cell.draft_sc_seed)
     return {
         **({"arm": ARM_LABELS[cell.arm]} if drafts is None else {"draft's streams": drafts[cell.cell_id]}),
         "stoc_len target / draft": f"{whole(cell.target_stoc_len, 'float')} / {whole(cell.draft_stoc_len, 'float')}",
         "sc_prec": whole(cell.sc_prec, "float"),
         "gamma": str(cell.gamma),
-        "seeds": f"{cell.sampling_seed} / {whole(cell.sc_seed, '-')}",
+        "seeds": " / ".join(whole(seed, "-") for seed in seeds),
         "prompts": str(cell.prompts),
         "alpha": number(cell.alpha),
-        "alpha, 95 %": interval("alpha", cell.interval),
+        "alpha, 95\u00a0%": interval("alpha", cell.interval),
         "tau": number(cell.tau),
-        "tau, 95 %": interval("tau", cell.tau_interval),
+        "tau, 95\u00a0%": interval("tau", cell.tau_interval),
         "tau predicted": number(cell.predicted_tau),
         "alpha evaluated": number(cell.alpha_evaluated),
         "acceptance rate": number(cell.acceptance_rate),
@@ -284,24 +308,33 @@ def _provenance(
     """Label and lines; several lines mean that the cells differ, or a line for each model."""
     if not metadata:
         return []
-    seeds = {name: sorted(summary[name].dropna().unique()) for name in ("sampling_seed", "sc_seed")}
+    names = ("sampling_seed", "target_sc_seed", "draft_sc_seed")
+    seeds = {name: sorted(summary[name].dropna().unique()) for name in names}
     started = _distinct(sorted(its["started_at"] for its in metadata))
     per_model = [(its["models"][side], its["weights_note"][side]) for its in metadata for side in its["models"]]
+    models = [{key: value for key, value in model.items() if key != "note"} for model, _ in per_model]
     prompts = [{key: its["prompts"][key] for key in ("file", "sha256")} for its in metadata]
     return [
         ("Commit", _distinct(_commit(its) for its in metadata)),
         ("Versions", _distinct(its["versions"] for its in metadata)),
-        ("Device", _distinct(its["device"] for its in metadata)),
-        ("SC backend", _distinct(its["backend"] for its in metadata)),
-        ("Models", _distinct(model for model, _ in per_model)),
+        ("Device, dtype, SC backend", [f"{name}: {count} cells" for name, count in _platforms(summary).items()]),
+        ("Models", _distinct(models)),
         ("Weights", _distinct(note for _, note in per_model)),
         ("Share of multiply-accumulates in SC", _shares(summary, metadata)),
         ("Prompts", [f"{blocks['prompt_id'].nunique()} prompts", *_distinct(prompts)]),
+        ("Token budget", _distinct(f"{its['cell']['max_new_tokens']} tokens a turn" for its in metadata)),
+        ("Decoding", _distinct(_sampling(its["cell"]["sampling"]) for its in metadata)),
         ("Tokens", [f"{blocks['kept'].sum():,} in {len(blocks):,} blocks"]),
         ("Seeds", [f"{name}: {', '.join(map(str, values)) or 'none'}" for name, values in seeds.items()]),
         ("Started", [" to ".join(dict.fromkeys((started[0], started[-1])))]),
         ("Wall time", [f"{sum(its['wall_time_s'] for its in metadata):,.0f} s, summed over cells"]),
     ]
+
+
+def _sampling(settings: dict[str, Any]) -> str:
+    if not settings["do_sample"]:
+        return "greedy: temperature, top_k and top_p have no effect"
+    return "sampled, " + _line({name: settings[name] for name in ("temperature", "top_k", "top_p")})
 
 
 def _commit(its: dict[str, Any]) -> str:

@@ -1,12 +1,16 @@
 """Tables of blocks -> estimates with intervals (DESIGN section 4).
 
 Every estimate is a function of sums over prompts, so a bootstrap over prompts is one matrix product of
-(how often each prompt was drawn) and (its sums). Not covered here: paired differences between cells, quality of
-the target, replay, the hardware model.
+(how often each prompt was drawn) and (its sums). An estimate is of one cell; whatever compares or pools cells must
+take them from one platform (PLATFORM_COLUMNS), since logits of different platforms may differ in the last bit, and SC
+turns that into other tokens. Not covered here: paired differences between cells, quality of the target, replay, the
+hardware model.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +20,8 @@ from scspec.results import KEY_COLUMNS, padded
 INTERVAL_LEVEL = 0.95
 MIN_PROMPTS = 8  # below, no interval: a handful of prompts does not show how prompts vary
 MIN_PROMPTS_PER_STRATUM = 10
+
+PLATFORM_COLUMNS = ("device_name", "dtype", "backend")  # what a cell was computed on and in
 
 BOOTSTRAP, ONE_SIDED, NO_INTERVAL = "bootstrap", "one-sided", "none"
 
@@ -47,7 +53,7 @@ class Sums:
 
 
 def alpha(sums: Sums) -> np.ndarray:
-    """Mean beta over every emitted position, the bonus position included: the same number whatever gamma is."""
+    """Mean beta over every emitted position, the bonus position included; estimates one number, whatever gamma is."""
     return sums["beta_sum"] / sums["beta_count"]
 
 
@@ -97,6 +103,7 @@ ESTIMATES = {
     "tokens_per_s": tokens_per_s,
 }
 SUMMARY_COLUMNS = (
+    *("device_name", "dtype"),
     *ESTIMATES,
     *("predicted_tau", "alpha_lo", "alpha_hi", "interval", "tau_lo", "tau_hi", "tau_interval"),
     *("tokens", "blocks", "prompts", *TIMES, *(f"mean_{name}" for name in TIMES), "beta_min"),
@@ -220,12 +227,21 @@ def _estimates(per_prompt: pd.DataFrame, gamma: int, resamples: int, seed: int) 
     }
 
 
-def summarise(blocks: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """One row per cell, in the order in which the cells appear: keys, estimates, intervals, counts, times.
+def _platforms(cell_ids: pd.Series, metadata: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+    its = [metadata[cell_id] for cell_id in cell_ids]
+    return pd.DataFrame({"device_name": [i["device"] for i in its], "dtype": [i["cell"]["dtype"] for i in its]})
 
-    Columns: KEY_COLUMNS and SUMMARY_COLUMNS: the estimates; 95 % bounds alpha_lo, alpha_hi, tau_lo, tau_hi with
-    `interval` (of alpha) and `tau_interval` in {"bootstrap", "one-sided", "none"}; tokens (kept), blocks, prompts;
-    times in seconds, summed and (mean_...) per block; beta_min, the smallest beta of the cell.
+
+def summarise(
+    blocks: pd.DataFrame, metadata: Mapping[str, dict[str, Any]], *, resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """One row per cell, in the order in which the cells appear: keys, platform, estimates, intervals, counts, times.
+
+    `blocks` and `metadata` (cell_id -> metadata) are those of `read_cells`. Columns: KEY_COLUMNS and SUMMARY_COLUMNS:
+    device_name (the device, and what its card or processor is called) and dtype; the estimates; 95 % bounds alpha_lo,
+    alpha_hi, tau_lo, tau_hi with `interval` (of alpha) and `tau_interval` in {"bootstrap", "one-sided", "none"};
+    tokens (kept), blocks, prompts; times in seconds, summed and (mean_...) per block; beta_min, the smallest beta of
+    the cell.
 
     The interval is a percentile bootstrap over prompts, stratified by category if each has at least
     MIN_PROMPTS_PER_STRATUM prompts; "none" below MIN_PROMPTS prompts; `one_sided_share` where the estimate is at
@@ -242,6 +258,6 @@ def summarise(blocks: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> 
         for cell_id, gamma in zip(keys["cell_id"], keys["gamma"], strict=True)
     ]
     smallest = blocks["beta"].map(np.min).groupby(blocks["cell_id"]).min()
-    summary = pd.concat([keys, pd.DataFrame(rows)], axis=1)
+    summary = pd.concat([keys, _platforms(keys["cell_id"], metadata), pd.DataFrame(rows)], axis=1)
     summary["beta_min"] = keys["cell_id"].map(smallest)
     return summary[[*KEY_COLUMNS, *SUMMARY_COLUMNS]]

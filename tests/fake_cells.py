@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from scspec.results import NULLABLE_INTEGERS, SCHEMA, SCHEMA_VERSION, write_cell
+from scspec.results import KEY_COLUMNS, NULLABLE_INTEGERS, SCHEMA, SCHEMA_VERSION, write_cell
+from scspec.stats import summarise
 
 EOS_ID = 2
 CATEGORIES = ("short QA", "maths", "code", "summarising", "writing", "extraction", "translation", "reasoning")
@@ -155,11 +156,21 @@ def as_blocks(rows):
     return pd.DataFrame(rows, columns=SCHEMA.names).astype(NULLABLE_INTEGERS)
 
 
+PROCESSORS = {"cpu": "a processor", "cuda": "an accelerator"}
+
+
 def fake_metadata(keys, **changed):
     """File metadata with every key of Seam 3."""
+    greedy = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    sampled = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
     metadata = {
         "schema_version": SCHEMA_VERSION,
-        "cell": {"cell_id": keys["cell_id"], "max_new_tokens": 40},
+        "cell": {
+            "id": keys["cell_id"],
+            "max_new_tokens": 40,
+            "dtype": "float32",
+            "sampling": sampled if keys["do_sample"] else greedy,
+        },
         "versions": {"python": "3.11.7", "torch": "2.11.0", "transformers": "5.17.0", "numba": "0.64.0"},
         "commit": "0123456789abcdef0123456789abcdef01234567",
         "dirty": False,
@@ -167,7 +178,7 @@ def fake_metadata(keys, **changed):
             side: {
                 "source": keys[f"{side}_model"],
                 "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc7",
-                "note": "",
+                "note": "4-bit GGUF, dequantised",
             }
             for side in ("target", "draft")
         },
@@ -176,14 +187,21 @@ def fake_metadata(keys, **changed):
             "sha256": "5e884898da280471",
             "token_ids_sha256": "9f86d081",
         },
-        "device": f"{keys['device']}: a processor",
+        "device": f"{keys['device']}: {PROCESSORS[keys['device']]}",
         "backend": keys["backend"],
         "sc_mac_share": {side: 0.0 if keys[f"{side}_stoc_len"] is None else 0.79 for side in ("target", "draft")},
-        "weights_note": dict.fromkeys(("target", "draft"), "weights: 4-bit GGUF, dequantised"),
+        "weights_note": dict.fromkeys(("target", "draft"), "4-bit GGUF, dequantised"),
         "started_at": "2025-11-24T13:00:00+00:00",
         "wall_time_s": 31.4,
     }
     return {**metadata, **changed}
+
+
+def fake_summary(rows, **options):
+    """Summary of the rows of some cells."""
+    blocks = pd.DataFrame(rows)
+    cells = blocks[list(KEY_COLUMNS)].drop_duplicates("cell_id").to_dict("records")
+    return summarise(blocks, {keys["cell_id"]: fake_metadata(keys) for keys in cells}, **options)
 
 
 CONTROL_ALPHAS = {"identity": 1, "reseed": 0.74, "float_float": 0.93, "sc_float": 0.66, "float_sc": 0.61}

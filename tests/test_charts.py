@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from fake_cells import CONTROL_ALPHAS, SKIPPED, fake_grid, fake_keys, fake_rows
+from fake_cells import CONTROL_ALPHAS, SKIPPED, fake_grid, fake_keys, fake_rows, fake_summary
 
 from scspec.charts import (
     THEMES,
@@ -16,7 +16,7 @@ from scspec.charts import (
     tau_chart,
     unscrambled,
 )
-from scspec.stats import summarise
+from scspec.stats import PLATFORM_COLUMNS
 
 
 def summary_of(cells, **rows):
@@ -24,7 +24,7 @@ def summary_of(cells, **rows):
     blocks = [
         row for seed, (keys, alpha) in enumerate(cells) for row in fake_rows(keys, alpha=alpha, seed=seed, **rows)
     ]
-    return summarise(pd.DataFrame(blocks), resamples=50)
+    return fake_summary(blocks, resamples=50)
 
 
 def grid_and_controls(**changed):
@@ -39,11 +39,11 @@ def grid():
 
 @pytest.fixture(scope="module")
 def controls():
-    return grid_and_controls(stoc_lens=(64,), gammas=(2,))[1]
+    return grid_and_controls(pairs=("smollm2-shorter",), stoc_lens=(64,), gammas=(2,))[1]
 
 
 def layers(spec):
-    return {layer["mark"]["type"]: layer for layer in spec["spec"]["layer"]}
+    return {layer["mark"]["type"]: layer for layer in spec.get("spec", spec)["layer"]}
 
 
 def values(spec):
@@ -157,10 +157,25 @@ def test_greedy_and_sampled_cells_and_pairs_never_share_a_chart(grid):
     for chart in (alpha_chart, tau_chart, controls_chart):
         with pytest.raises(ValueError, match="one do_sample"):
             chart(pd.concat([grid, sampled]))
-    with pytest.raises(ValueError, match="one pair"):
-        alpha_chart(pd.concat([grid, grid.assign(pair="other")]))
+        with pytest.raises(ValueError, match="one pair"):
+            chart(pd.concat([grid, grid.assign(pair="other")]))
     assert "sampled" in alpha_chart(sampled).to_dict()["description"]
     assert "greedy" in alpha_chart(grid).to_dict()["description"]
+
+
+def test_greedy_agreement_and_sampled_overlap_have_names_of_their_own(grid, controls):
+    for do_sample, title in ((False, "alpha (agreement per emitted token)"), (True, "alpha (mean overlap per emitted")):
+        curves = alpha_chart(grid.assign(do_sample=do_sample)).to_dict()
+        assert layers(curves)["point"]["encoding"]["y"]["title"].startswith(title)
+        chart = controls_chart(controls.assign(do_sample=do_sample)).to_dict()
+        assert layers(chart)["circle"]["encoding"]["x"]["title"].startswith(title)
+
+
+@pytest.mark.parametrize("name", PLATFORM_COLUMNS)
+@pytest.mark.parametrize("chart", [alpha_chart, tau_chart, controls_chart])
+def test_platforms_never_share_a_chart(grid, chart, name):
+    with pytest.raises(ValueError, match=f"one {name}, got"):
+        chart(pd.concat([grid, grid.assign(**{name: "another"})]))
 
 
 def test_a_line_joins_cells_that_differ_in_the_length_only():
@@ -189,15 +204,13 @@ def test_drafts_are_named_by_what_sets_them_apart():
 def test_controls_lie_in_one_row_an_arm_with_the_expected_value(controls):
     spec = controls_chart(controls).to_dict()
     found = layers(spec)
-    assert spec["facet"]["field"] == "pair"
-    assert {row["pair"] for row in values(spec)} == {"smollm2-shorter", "smollm2-skip"}
     circle = found["circle"]["encoding"]
     assert (circle["x"]["field"], circle["x"]["scale"]["domain"]) == ("alpha", [0, 1])
     assert len(circle["y"]["sort"]) == len(CONTROL_ALPHAS)
     assert circle["y"]["sort"][0] == "identity: draft = target"
     assert found["tick"]["encoding"]["x"]["field"] == "expected"
     assert {row["label"] for row in values(spec) if row["expected"] == 1} == {"identity: draft = target"}
-    assert [row["expected"] for row in values(spec)].count(None) == 8
+    assert [row["expected"] for row in values(spec)].count(None) == 4
 
 
 def test_controls_at_several_settings_have_rows_of_their_own():
@@ -220,6 +233,7 @@ def test_charts_take_their_colours_from_the_theme(grid, controls):
         assert "#" not in json.dumps(spec)
     for theme in THEMES.values():
         assert theme["background"] is None
+        assert theme["axis"]["labelFlush"] is False
         assert len(set(theme["range"]["category"])) == 6
 
 

@@ -72,10 +72,12 @@ def write(folder, *cells, **metadata):
 def test_a_whole_grid(grid):
     page, summary, _ = grid
     assert len(summary) == 34
-    assert list(page.specs) == ["alpha-0", "tau-0", "alpha-1", "tau-1", "controls-greedy"]
+    assert list(page.specs) == ["alpha-0", "tau-0", "alpha-1", "tau-1", "controls-0", "controls-1"]
     assert "cells 34 of 34 missing 0 impossible 0 prompts 8" in page.text
     assert "None: every planned cell is here." in page.text
-    assert "does not say that the SC target is good" in page.text
+    assert "identity holds 2 of 2 pairs computed on cpu: a processor, float32, backend cpu" in page.text
+    assert "does not say that the target is good" in page.text
+    assert "platforms" not in page.text
     assert "Demonstration" not in page.text
     assert page.text.count("holds (alpha is exactly 1 over 96 tokens)") == 2
     assert "BROKEN" not in page.text
@@ -89,10 +91,12 @@ def test_every_chart_has_a_sentence_and_a_text_alternative(grid):
         assert attrs["role"] == "img"
         assert page.specs[attrs["id"]]["description"] == attrs["aria-label"]
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", source)
-    assert len(captions) == 5
+    assert len(captions) == 6
     for caption in captions:
         assert caption.count(". ") == 0
         assert caption.endswith(".")
+        assert "bars are 95\xa0% intervals over prompts" in caption
+        assert "streams cost" not in caption  # a draft may leave layers out
 
 
 def test_the_page_says_its_language_and_title(grid):
@@ -101,9 +105,15 @@ def test_the_page_says_its_language_and_title(grid):
     assert "<title>Acceptance under stochastic computing" in source
 
 
+def table_rows(source):
+    """The texts of each row of the tables of cells."""
+    rows = re.findall(r"<tr>\n(?:<td[^>]*>.*</td>\n)+</tr>", source)
+    return [re.findall(r"<td[^>]*>(.*)</td>", row) for row in rows]
+
+
 def test_the_table_holds_every_cell(grid):
     _, summary, source = grid
-    rows = re.findall(r"<tr>\n(?:<td[^>]*>.*</td>\n)+</tr>", source)
+    rows = table_rows(source)
     assert len(rows) == len(summary)
     cell = summary[(summary["arm"] == "sc_sc") & (summary["draft_stoc_len"] == 112)].iloc[0]
     wanted = [
@@ -111,7 +121,7 @@ def test_the_table_holds_every_cell(grid):
         "128 / 112",
         "8",
         "2",
-        "0 / 0",
+        "0 / 0 / 0",
         "8",
         number(cell["alpha"]),
         f"{cell['alpha_lo']:.3f} to {cell['alpha_hi']:.3f}",
@@ -123,7 +133,28 @@ def test_the_table_holds_every_cell(grid):
         "96",
         f"{cell['tokens_per_s']:.1f}",
     ]
-    assert wanted in [re.findall(r"<td[^>]*>(.*)</td>", row) for row in rows]
+    assert wanted in rows
+
+
+def test_the_table_says_the_seed_of_each_side(grid):
+    seeds = {row[0]: row[4] for row in table_rows(grid[2])}
+    assert seeds["reseed: independent streams"] == "0 / 0 / 1000"
+    assert seeds["identity: draft = target"] == "0 / 0 / 0"
+    assert seeds["SC target, float draft"] == "0 / 0 / -"
+    assert seeds["float target, SC draft"] == "0 / - / 0"
+    assert seeds["float target, float draft"] == "0 / - / -"
+
+
+def test_no_heading_breaks_before_its_percent_sign(grid):
+    assert grid[2].count(">alpha, 95\xa0%<") == 4
+    assert grid[2].count(">tau, 95\xa0%<") == 4
+    shown = re.sub(r"<(script|style).*?</\1>", "", grid[2], flags=re.DOTALL)
+    assert "95 %" not in shown
+
+
+def test_alpha_is_not_said_to_be_free_of_gamma(grid):
+    assert "else 0); estimates the same number whatever gamma is" in grid[0].text
+    assert "it does not depend on gamma" not in grid[0].text
 
 
 def test_provenance(grid):
@@ -131,15 +162,20 @@ def test_provenance(grid):
     for part in (
         "Commit 0123456789abcdef0123456789abcdef01234567",
         "python 3.11.7, torch 2.11.0",
-        "Device cpu: a processor",
-        "SC backend cpu",
-        "source smollm2-135m, sha256 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc7",
-        "weights: 4-bit GGUF, dequantised",
+        "Device, dtype, SC backend cpu: a processor, float32, backend cpu: 34 cells",
+        "Models source smollm2-135m, sha256 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc7 Weights 4-bit GGUF, deq",
+        "Token budget 40 tokens a turn",
+        "Decoding greedy: temperature, top_k and top_p have no effect",
         "smollm2-skip: target 0.0%, draft 79.0% (float_sc)",
         "8 prompts file prompts/bench48.jsonl, sha256 5e884898da280471",
-        "sampling_seed: 0 sc_seed: 0",
+        "sampling_seed: 0 target_sc_seed: 0 draft_sc_seed: 0, 1000",
     ):
         assert part in text
+
+
+def test_provenance_of_sampled_cells(tmp_path):
+    page, _ = report_of(tmp_path, write(tmp_path, (fake_keys(do_sample=True), 0.6)))
+    assert "Decoding sampled, temperature 0.8, top_k 50, top_p 0.95" in page.text
 
 
 def test_the_table_lies_beside_the_page(grid, tmp_path):
@@ -178,11 +214,11 @@ def test_texts_are_shown_not_run(tmp_path):
     plan = {"demonstration": False, "cells": [], "invalid": [{"pair": NASTY, "stoc_len": 512, "reason": NASTY}]}
     prompts = {"file": NASTY, "sha256": NASTY, "token_ids_sha256": NASTY}
     for index, arm in enumerate(("sc_sc", "identity")):
-        keys = fake_keys(pair=NASTY, arm=arm, target_model=NASTY, device=NASTY)
+        keys = fake_keys(pair=NASTY, arm=arm, target_model=NASTY, backend=NASTY)
         rows = [
             {**row, "prompt_id": NASTY + row["prompt_id"]} for row in fake_rows(keys, prompts=8, categories=(NASTY,))
         ]
-        metadata = fake_metadata(keys, prompts=prompts, weights_note={"target": NASTY, "draft": NASTY})
+        metadata = fake_metadata(keys, prompts=prompts, weights_note={"target": NASTY, "draft": NASTY}, device=NASTY)
         write_cell(tmp_path / f"{index}.parquet", rows, metadata)
         plan["cells"].append({**plan_entry(tmp_path, keys), "path": str(tmp_path / f"{index}.parquet")})
     plan["cells"].append({**plan["cells"][0], "path": NASTY})
@@ -190,8 +226,8 @@ def test_texts_are_shown_not_run(tmp_path):
     assert [attrs.get("id") for tag, attrs in page.tags if tag == "script"] == ["charts", "themes", None, None]
     assert not [tag for tag, _ in page.tags if tag == "b"]
     assert page.text.count(" ".join(NASTY.split())) >= 10
-    rows = [row for rows in page.specs["controls-greedy"]["datasets"].values() for row in rows]
-    assert {row["pair"] for row in rows} == {NASTY}
+    rows = [row for rows in page.specs["controls-0"]["datasets"].values() for row in rows]
+    assert [row["cell_id"].startswith(NASTY) for row in rows] == [True]
 
 
 def test_a_demonstration_says_so(tmp_path):
@@ -251,7 +287,7 @@ def test_a_single_cell(tmp_path):
 def test_controls_without_a_grid(tmp_path):
     plan = write(tmp_path, *[(fake_keys(arm=arm), 1) for arm in ("identity", "float_float")])
     page, _ = report_of(tmp_path, plan)
-    assert list(page.specs) == ["controls-greedy"]
+    assert list(page.specs) == ["controls-0"]
     assert "No cell of the grid has been run yet, only controls." in page.text
 
 
@@ -268,37 +304,77 @@ def test_greedy_and_sampled_cells_have_charts_of_their_own(tmp_path):
     cells = [(fake_keys(arm=arm, do_sample=do_sample), 1) for arm in ("sc_sc", "identity") for do_sample in (0, 1)]
     cells = [({**keys, "do_sample": bool(keys["do_sample"])}, alpha) for keys, alpha in cells]
     page, _ = report_of(tmp_path, write(tmp_path, *cells))
-    assert list(page.specs) == ["alpha-0", "tau-0", "alpha-1", "tau-1", "controls-greedy", "controls-sampled"]
-    for chart_id, decoding in {"alpha-0": "greedy", "alpha-1": "sampled"}.items():
+    assert list(page.specs) == ["alpha-0", "tau-0", "alpha-1", "tau-1", "controls-0", "controls-1"]
+    expected = {"alpha-0": "greedy", "alpha-1": "sampled", "controls-0": "greedy", "controls-1": "sampled"}
+    for chart_id, decoding in expected.items():
         assert decoding in page.specs[chart_id]["description"]
     assert "share of emitted tokens on which" in page.text
     assert "overlap 1 - TV(p, q)" in page.text
 
 
-@pytest.mark.parametrize(
-    ("changes", "alarm"),
-    [
-        ({"device": "cuda: an accelerator"}, "2 different devices, do not compare across: cpu: a processor; cuda"),
-        ({"backend": "reference"}, "2 different backends"),
-        ({"prompts": {"file": "x", "sha256": "0"}}, "2 different prompt files"),
-    ],
-)
-def test_mixed_origins_raise_an_alarm(tmp_path, changes, alarm):
-    plan = write(tmp_path, (fake_keys(), 0.6))
-    keys = fake_keys(gamma=2)
-    entry = plan_entry(tmp_path, keys)
-    write_cell(entry["path"], fake_rows(keys, **SMALL), fake_metadata(keys, **changes))
-    plan["cells"].append(entry)
-    page, _ = report_of(tmp_path, plan)
-    assert f"The cells come from {alarm}" in page.text
-    assert page.text.index("The cells come from") < page.text.index("cells 2 of 2")
+def write_two(folder, changed_keys, **changed_metadata):
+    """Writes one pair's cells at gamma 2, and at gamma 4 with something changed, each a grid cell and its controls."""
+    same = fake_grid(pairs=("smollm2-shorter",), stoc_lens=(64,), gammas=(2,))
+    other = fake_grid(pairs=("smollm2-shorter",), stoc_lens=(64,), gammas=(4,), **changed_keys)
+    plans = [write(folder, *same), write(folder, *other, **changed_metadata)]
+    return {**plans[0], "cells": plans[0]["cells"] + plans[1]["cells"]}
+
+
+PLATFORM = "cpu: a processor, float32, backend cpu"
+OTHERS = {
+    "cuda: an accelerator, float32, backend cuda": ({"device": "cuda", "backend": "cuda"}, {}),
+    "cpu: a processor, float32, backend reference": ({"backend": "reference"}, {}),
+    "cpu: another processor, float32, backend cpu": ({}, {"device": "cpu: another processor"}),
+    "cpu: a processor, bfloat16, backend cpu": (
+        {},
+        {"cell": {**fake_metadata(fake_keys())["cell"], "dtype": "bfloat16"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_platforms_stand_apart(tmp_path, other):
+    keys, metadata = OTHERS[other]
+    page, summary = report_of(tmp_path, write_two(tmp_path, keys, **metadata))
+    assert len(summary) == 16
+    assert page.text.count("The cells were computed on 2 platforms") == 1
+    assert "no estimate here compares or pools cells across them" in page.text
+    assert "identity holds 2 of 2 pairs and platforms computed on 2 platforms" in page.text
+    assert list(page.specs) == ["alpha-0", "tau-0", "alpha-1", "tau-1", "controls-0", "controls-1"]
+    for name, spec in page.specs.items():
+        (rows,) = spec["datasets"].values()
+        assert len(rows) == (5 if name.startswith("controls") else 3), name
+        assert len({row["gamma"] for row in rows}) == 1, name  # gamma tells the platforms apart here
+    for platform in (PLATFORM, other):
+        assert f"smollm2-shorter {platform} holds (alpha is exactly 1" in page.text
+        assert page.text.count(f"smollm2-shorter (greedy decoding, {platform})") == 2  # of the grid and of the controls
+        for arms in ("grid", "controls"):
+            assert f"smollm2-shorter, greedy: {arms} , {platform}" in page.text
+        assert f"{platform}: 8 cells" in page.text
+
+
+def test_identity_on_one_platform_says_nothing_of_another(tmp_path):
+    plan = write_two(tmp_path, {"device": "cuda", "backend": "cuda"})
+    for entry in plan["cells"]:
+        if entry["arm"] == "identity" and entry["gamma"] == 4:
+            Path(entry["path"]).unlink()
+    page, summary = report_of(tmp_path, plan)
+    verdicts = [(row["platform"], row["verdict"]) for row in identity_verdicts(summary)]
+    assert verdicts == [(PLATFORM, "holds"), ("cuda: an accelerator, float32, backend cuda", "not run")]
+    assert "identity holds 1 of 2 pairs and platforms" in page.text
+
+
+def test_mixed_prompt_files_raise_an_alarm(tmp_path):
+    page, _ = report_of(tmp_path, write_two(tmp_path, {}, prompts={"file": "x", "sha256": "0"}))
+    assert "The cells come from 2 different prompt files, do not compare across" in page.text
+    assert page.text.index("The cells come from") < page.text.index("cells 16 of 16")
     assert [attrs for _, attrs in page.tags if attrs.get("role") == "alert"]
 
 
 def test_few_prompts_are_said_to_have_no_interval(tmp_path):
-    plan = write_fake_grid(tmp_path, [(fake_keys(), 0.6)], prompts=4)
+    plan = write_fake_grid(tmp_path, [(fake_keys(), 0.6), (fake_keys(arm="reseed"), 0.6)], prompts=4)
     page, _ = report_of(tmp_path, plan)
-    assert page.text.count("there are no intervals below 8 prompts, so differences may be chance.") == 2
+    assert page.text.count("there are no intervals below 8 prompts, so differences may be chance.") == 3
     assert "95 % intervals over prompts" not in page.text
 
 

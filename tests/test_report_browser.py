@@ -34,7 +34,7 @@ def page(tmp_path_factory):
     return (folder / "index.html").read_text(encoding="utf-8")
 
 
-def visit(folder, page, scheme="light"):
+def visit(folder, page, scheme="light", width_px=1280):
     """(document after its scripts ran, console lines, addresses the page asked for)."""
     (folder / "page.html").write_text(page, encoding="utf-8")
     log = folder / "net.json"
@@ -42,7 +42,7 @@ def visit(folder, page, scheme="light"):
         *(CHROMIUM, *FLAGS, "--enable-logging=stderr", "--v=0"),
         *(f"--user-data-dir={folder / 'profile'}", f"--log-net-log={log}"),
         *("--host-resolver-rules=MAP * ~NOTFOUND", f"--blink-settings=preferredColorScheme={SCHEMES[scheme]}"),
-        *("--dump-dom", f"file://{folder / 'page.html'}"),
+        *(f"--window-size={width_px},900", "--dump-dom", f"file://{folder / 'page.html'}"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -78,6 +78,29 @@ def test_every_chart_is_drawn_in_the_colours_of_the_page(tmp_path, page, scheme)
         (rows,) = specs[name]["datasets"].values()
         assert len(re.findall(r'aria-roledescription="(?:point|circle)"', svg)) == len(rows), name
         assert THEMES[scheme]["axis"]["titleColor"] in svg
+
+
+MEASURE = """setTimeout(() => {
+  const box = element => [element.scrollWidth, element.clientWidth];
+  const sizes = [box(document.documentElement), ...Array.from(document.querySelectorAll(".chart"), box)];
+  document.documentElement.setAttribute("data-sizes", JSON.stringify(sizes));
+}, 5000);"""
+
+
+@pytest.mark.parametrize(("width_px", "scrolls"), [(1280, False), (800, False), (500, True)])
+def test_charts_take_the_width_there_is_and_scroll_within_themselves(tmp_path, page, width_px, scrolls):
+    (nonce,) = set(re.findall(r'nonce="(\w+)"', page))
+    measured = page.replace("</main>", f'</main><script nonce="{nonce}">{MEASURE}</script>')
+    document, console, _ = visit(tmp_path, measured, width_px=width_px)
+    assert console == []
+    whole, *charts = json.loads(re.search(r'data-sizes="(.*?)"', document).group(1))
+    assert whole[0] == whole[1]
+    for (name, svg), (content, box) in zip(charts_of(document).items(), charts, strict=True):
+        assert box == whole[1] - 40
+        two_panels = not name.startswith("controls")
+        assert (content > box) == (scrolls and two_panels)
+        width = float(re.search(r'<svg[^>]* width="([\d.]+)"', svg).group(1))
+        assert width > 0.9 * box
 
 
 def test_nothing_is_asked_for_even_where_it_would_be_allowed(tmp_path, page):

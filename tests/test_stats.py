@@ -7,21 +7,21 @@ under a seed drawn at random.
 import numpy as np
 import pandas as pd
 import pytest
-from fake_cells import agreement_chain, blocks_of_text, fake_keys, fake_rows
+from fake_cells import agreement_chain, blocks_of_text, fake_keys, fake_metadata, fake_rows, fake_summary
 
-from scspec.results import KEY_COLUMNS, read_cells
-from scspec.stats import SUMMARY_COLUMNS, one_sided_share, predicted_tau, summarise
+from scspec.results import KEY_COLUMNS, read_cells, write_cell
+from scspec.stats import PLATFORM_COLUMNS, SUMMARY_COLUMNS, one_sided_share, predicted_tau, summarise
 
 GAMMAS = (1, 2, 4, 8)
 
 
 def summary_of(rows, **options):
-    (summary,) = summarise(pd.DataFrame(rows), **options).to_dict("records")
+    (summary,) = fake_summary(rows, **options).to_dict("records")
     return summary
 
 
 def cells_of(cells):
-    return pd.DataFrame([row for rows in cells for row in rows])
+    return [row for rows in cells for row in rows]
 
 
 def hand_rows(gamma=2, prompts=("a",)):
@@ -92,16 +92,27 @@ def test_times_may_be_absent():
 
 def test_a_cell_is_summarised_alone():
     cells = [fake_rows(fake_keys(gamma=gamma), alpha=0.6, seed=gamma) for gamma in GAMMAS]
-    together = summarise(cells_of(cells))
+    together = fake_summary(cells_of(cells))
     assert list(together.columns) == [*KEY_COLUMNS, *SUMMARY_COLUMNS]
     assert together["gamma"].tolist() == list(GAMMAS)
     for number, rows in enumerate(cells):
-        alone = summarise(pd.DataFrame(rows))
+        alone = fake_summary(rows)
         pd.testing.assert_frame_equal(alone, together.iloc[[number]].reset_index(drop=True), check_dtype=False)
 
 
+def test_a_cell_says_what_it_was_computed_on(tmp_path):
+    for gamma, device, dtype in ((2, "cpu", "float32"), (4, "cuda", "float16")):
+        keys = fake_keys(gamma=gamma, device=device, backend=device)
+        metadata = fake_metadata(keys)
+        metadata["cell"]["dtype"] = dtype
+        write_cell(tmp_path / f"{gamma}.parquet", fake_rows(keys, prompts=1), metadata)
+    summary = summarise(*read_cells([tmp_path / "4.parquet", tmp_path / "2.parquet"]))
+    platforms = summary[list(PLATFORM_COLUMNS)].to_numpy().tolist()
+    assert platforms == [["cuda: an accelerator", "float16", "cuda"], ["cpu: a processor", "float32", "cpu"]]
+
+
 def test_no_cells():
-    summary = summarise(read_cells([])[0])
+    summary = summarise(*read_cells([]))
     assert summary.empty
     assert list(summary.columns) == [*KEY_COLUMNS, *SUMMARY_COLUMNS]
 
@@ -110,7 +121,7 @@ def test_a_cell_has_one_setting():
     rows = hand_rows()
     rows[-1]["device"] = "cuda"
     with pytest.raises(ValueError, match="more than one setting in cell"):
-        summarise(pd.DataFrame(rows))
+        fake_summary(rows)
 
 
 # --- simulations ---------------------------------------------------------------------------------------------
@@ -163,7 +174,7 @@ def test_intervals_cover_the_truth():
         fake_rows(fake_keys(sc_seed=seed), alpha=0.7, spread=0.2, prompts=24, max_new_tokens=24, seed=seed)
         for seed in range(300)
     ]
-    summary = summarise(cells_of(cells), resamples=1000)
+    summary = fake_summary(cells_of(cells), resamples=1000)
     assert (summary["interval"] == "bootstrap").all()
     covered = ((summary["alpha_lo"] <= 0.7) & (summary["alpha_hi"] >= 0.7)).sum()
     assert 262 <= covered <= 296
@@ -246,7 +257,7 @@ def test_resampling_is_repeatable_and_leaves_global_random_state_alone():
 
 def test_greedy_and_sampled_cells_stay_apart():
     cells = [fake_rows(fake_keys(do_sample=do_sample), alpha=0.6) for do_sample in (False, True)]
-    summary = summarise(cells_of(cells))
+    summary = fake_summary(cells_of(cells))
     assert summary["do_sample"].tolist() == [False, True]
 
 
