@@ -12,7 +12,7 @@ from interpreter import DEVICE
 from test_sc_triton import DTYPES, operands, packed, specified
 
 from scspec.sc import cuda, triton
-from scspec.sc.device import CHUNK, TILE
+from scspec.sc.device import CHUNK, TILE, device_tables
 from scspec.sc.streams import resolve_streams
 
 CUOBJDUMP = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -51,7 +51,7 @@ def test_it_compiles_every_kernel_it_can_ask_for(resources, launched):
         for dtype in DTYPES.values():
             for rows in ROWS:
                 x = torch.zeros(rows, 130, dtype=dtype, device=DEVICE)
-                cuda.linear(x, weight, spec, out_dtype=torch.float32)
+                cuda.segment_sums(x, weight, device_tables(spec, DEVICE))
     assert {name for name, _, _ in launched} == set(resources)
 
 
@@ -69,7 +69,7 @@ def test_the_blocks_cover_the_work_once(launched, outputs, depth, rows, stoc_len
     """As many spans of warp tiles as blocks, none of them empty; where 8 rows are packed, a segment is half a chunk."""
     spec = resolve_streams("bipolar", 8, stoc_len)
     weight = packed(torch.zeros(outputs, depth, device=DEVICE), spec)
-    cuda.linear(torch.zeros(rows, depth, device=DEVICE), weight, spec, out_dtype=torch.float32)
+    cuda.segment_sums(torch.zeros(rows, depth, device=DEVICE), weight, device_tables(spec, DEVICE))
     ((name, config, arguments),) = launched
     packed_rows = int(name.split("_")[1])
     per_chunk = 2 if packed_rows == 8 else 1
@@ -92,14 +92,12 @@ def test_everything_but_the_packed_linear_is_tritons():
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("rows", [1, 3, 8, 17, 65, 200])
 def test_wide_layers_are_sc_matmul(rows, dtype, stoc_len):
-    """Wide enough that a block's span ends within a segment and begins within another; twice, for the tickets."""
+    """Wide enough that a block's span ends within a segment and begins within another."""
     x, weight = operands(rows, 3333, 1000, dtype)
     spec = resolve_streams("bipolar", 8, stoc_len)
     prepared = packed(weight, spec)
-    for _ in range(2):
-        out = cuda.linear(x, prepared, spec, out_dtype=dtype)
-        assert torch.equal(out, specified(x, weight, stoc_len).to(dtype))
-        assert not prepared.tickets.any()
+    out = cuda.linear(x, prepared, spec, out_dtype=dtype)
+    assert torch.equal(out, specified(x, weight, stoc_len).to(dtype))
 
 
 @pytest.mark.gpu

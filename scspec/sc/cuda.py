@@ -1,4 +1,4 @@
-"""Backend `cuda`: the few-row look-up kernel in CUDA C++ (`cuda_counts.cu`), compiled at run time for the device.
+"""Backend `cuda`: the counts of a linear layer in CUDA C++ (`cuda_counts.cu`), compiled at run time for the device.
 
 For packed weights only (bipolar, per row, chunks of 128); everything else of a model runs on `triton`.
 """
@@ -12,7 +12,7 @@ from cuda.bindings import driver
 from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 
 from scspec.sc import triton
-from scspec.sc.device import DeviceTables, PackedWeight, SegmentSums
+from scspec.sc.device import TILE, DeviceTables, PackedWeight, SegmentSums
 from scspec.sc.triton import counts, pack
 
 __all__ = ["compiled", "counts", "linear", "pack", "segment_sums"]
@@ -25,25 +25,22 @@ _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "
 
 def segment_sums(x: torch.Tensor, weight: PackedWeight, tables: DeviceTables) -> SegmentSums:
     """Return the counts of x (N, D) float32, float16 or bfloat16 with a packed weight, segment by segment."""
-    rows = x.shape[0]
-    packed_rows = _packed_rows(rows, tables.spec.stoc_len)
+    rows, spec, device = x.shape[0], tables.spec, x.device.index
+    packed_rows = _packed_rows(rows, spec.stoc_len)
     per_chunk = 2 if packed_rows == 8 else 1
     sums = torch.empty((weight.chunks * per_chunk, rows, weight.m_pad), dtype=torch.int16, device=x.device)
     scale = torch.empty((rows, weight.chunks), dtype=torch.float32, device=x.device)
+    units = -(-rows // packed_rows) * sums.shape[0] * (weight.m_pad // TILE)
+    span = _span(units, _processors(device))
     long = "_long" if tables.counts.dtype == torch.int16 else ""
-    kernel = _kernel(f"counts_{packed_rows}{long}_{_DTYPES[x.dtype]}", x.device.index)
-    units = -(-rows // packed_rows) * sums.shape[0] * (weight.m_pad // 32)
-    span = _span(units, _processors(x.device.index))
-    config = LaunchConfig(grid=-(-units // span), block=_THREADS, shmem_size=_TABLE_BYTES)
-    pointers = (x, weight.codes, tables.ones, tables.counts, sums, scale)
-    sizes = rows, weight.depth, weight.chunks, weight.m_pad, tables.spec.max_code, tables.spec.stoc_len + 1, span
-    launch(
-        _stream(torch.cuda.current_stream(x.device).cuda_stream),
-        config,
-        kernel,
-        *(t.data_ptr() for t in pointers),
-        *map(np.int32, sizes),
-    )
+    pointers = x, weight.codes, tables.ones, tables.counts, sums, scale
+    sizes = rows, weight.depth, weight.chunks, weight.m_pad, spec.max_code, spec.stoc_len + 1, span
+    shape = {"grid": -(-units // span), "block": _THREADS, "shmem_size": _TABLE_BYTES}
+    # From Hopper on, the kernel is set up, and its first weights fetched, while the one before it still runs.
+    config = LaunchConfig(**shape, programmatic_stream_serialization=_architecture(device) >= 90)
+    stream = _stream(torch.cuda.current_stream(x.device).cuda_stream)
+    kernel = _kernel(f"counts_{packed_rows}{long}_{_DTYPES[x.dtype]}", device)
+    launch(stream, config, kernel, *(tensor.data_ptr() for tensor in pointers), *map(np.int32, sizes))
     return SegmentSums(sums, scale, per_chunk)
 
 
@@ -66,6 +63,11 @@ def _span(units: int, processors: int) -> int:
 @cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@cache
+def _architecture(index: int) -> int:
+    return int(Device(index).arch)
 
 
 @cache

@@ -15,6 +15,7 @@ from scspec.sc.streams import StreamSpec, count_table, ones_table
 CHUNK = 128  # dimensions that share a scale in a packed weight
 RUN = 64  # dimensions of a packed weight that lie side by side
 TILE = 32  # outputs are padded to whole tiles
+SLAB = 64  # rows of a linear layer at a time, so that the sums of a wide one stay small
 DIMS = 256  # every table covers this many dimensions; streams repeat after 2**sc_prec
 
 

@@ -5,20 +5,23 @@ over outputs, so the look-ups of a warp are served by that line in one pass of t
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.runtime import driver
 
 from scspec.invariant import triton as invariant
-from scspec.sc.device import CHUNK, RUN, DeviceTables, PackedWeight, SegmentSums, code_bytes, device_tables
+from scspec.sc.device import CHUNK, RUN, SLAB, DeviceTables, PackedWeight, SegmentSums, code_bytes, device_tables
 from scspec.sc.encoding import SCALE_FLOOR, Encoded
 from scspec.sc.streams import StreamSpec
 
 NAME = "triton"
 #: What `rescale` does with the products. ADD: adds them to another tensor. SILU_MUL: silu(first half) * second half.
 STORE, ADD, SILU_MUL = 0, 1, 2
-_SLAB = 64  # rows at a time, so that the sums of a wide layer stay small
+_FINISHED, _AHEAD = 128, 16  # outputs that a program rescales, and how many of its chunks it loads before adding
 _EXACT = {"enable_fp_fusion": False}  # a * b + c stays two roundings
 _ROWS, _OUTPUTS, _DIMS = 4, 128, 16  # rows, outputs and dimensions of one step
 
@@ -68,15 +71,15 @@ def linear(
     """Return x (N, D) @ weight.T + bias (M,), finished as `rescale` says: (N, M), or (N, M / 2) for SILU_MUL.
 
     weight: packed (SC: `sc_matmul` per_row, bipolar, chunks of 128, bit for bit before rounding to out_dtype), or a
-    float tensor (M, D) of x's dtype.  counted: what counts, `segment_sums` of this backend or another.
+    float tensor (M, D) of x's dtype.  counted: what counts, None for this backend's `segment_sums`.
     """
     if isinstance(weight, torch.Tensor):
         return _finished(invariant.linear(x, weight, out_dtype), bias, finish, addend)
     tables = device_tables(spec, x.device)
     outputs = weight.outputs // 2 if finish == SILU_MUL else weight.outputs
     out = torch.empty((x.shape[0], outputs), dtype=out_dtype, device=x.device)
-    for first in range(0, x.shape[0], _SLAB):
-        rows = slice(first, first + _SLAB)
+    for first in range(0, x.shape[0], SLAB):
+        rows = slice(first, first + SLAB)
         added = None if addend is None else addend[rows]
         parts = (counted or segment_sums)(x[rows], weight, tables)
         rescale(parts, weight, spec, out[rows], bias=bias, finish=finish, addend=added)
@@ -212,7 +215,7 @@ def rescale(
     """
     rows, outputs = out.shape
     factor = spec.max_code**2 / spec.stoc_len
-    _rescale_kernel[(triton.cdiv(outputs, 128), rows)](
+    _rescale_kernel[(triton.cdiv(outputs, _FINISHED), rows)](
         parts.sums,
         parts.scale,
         weight.scale,
@@ -227,12 +230,24 @@ def rescale(
         PER_CHUNK=parts.per_chunk,
         FINISH=finish,
         BIAS=bias is not None,
-        OUTPUTS=128,
-        AHEAD=16,
-        num_warps=4,
+        OUTPUTS=_FINISHED,
+        AHEAD=_AHEAD,
+        num_warps=_FINISHED // 32,
         **_EXACT,
+        **_overlap(),
     )
     return out
+
+
+def _overlap() -> dict:
+    """Return the launch options of a kernel that waits by itself: from Hopper on it is set up while the last runs."""
+    overlaps = not triton.knobs.runtime.interpret and _architecture() >= 90
+    return {"PDL": overlaps, "launch_pdl": overlaps}
+
+
+@cache
+def _architecture() -> int:
+    return driver.active.get_current_target().arch
 
 
 @triton.jit
@@ -276,8 +291,12 @@ def _rescale_kernel(
     BIAS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Finish OUTPUTS outputs of one row."""
+    if PDL:  # programmatic dependent launch: the next kernel may be set up; what the last one wrote may be read
+        gdc_launch_dependents()
+        gdc_wait()
     m = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1)
     mask = m < outputs
