@@ -99,7 +99,7 @@ class PackedWeight:
 class SegmentSums:
     """Counts that a backend hands to `triton.rescale`: exact integers, not yet scaled.
 
-    sums: int16 (segments, N, m_pad); `per_chunk` consecutive segments make up one chunk.  scale: float32 (N, chunks),
+    sums: int16, int32 where that is too short, (segments, N, m_pad); `per_chunk` of them in a row make up one chunk.  scale: float32 (N, chunks),
     the rows' scales.
     """
 

@@ -45,7 +45,8 @@ def segment_sums(x: torch.Tensor, weight: PackedWeight, tables: DeviceTables) ->
     scale = torch.empty((rows, weight.chunks), dtype=torch.float32, device=x.device)
     arguments = (x, tables.ones, ones, scale, weight.depth, weight.chunks, float(tables.spec.max_code), SCALE_FLOOR)
     _encode_kernel[(weight.chunks, rows)](*arguments, CHUNK=CHUNK, num_warps=1, **_EXACT)
-    sums = torch.empty((weight.chunks, rows, weight.m_pad), dtype=torch.int16, device=x.device)
+    dtype = torch.int16 if CHUNK * tables.spec.stoc_len < 2**15 else torch.int32
+    sums = torch.empty((weight.chunks, rows, weight.m_pad), dtype=dtype, device=x.device)
     _launch_counts(ones, weight.codes, tables, sums, weight.m_pad, CHUNK, weight.m_pad * RUN, RUN)
     return SegmentSums(sums, scale, 1)
 
