@@ -55,7 +55,7 @@ def test_a_graph_gives_the_bits_of_single_launches(pair, tokenizer):
 @pytest.mark.parametrize("capacity", [64, 512])
 def test_identity(pair, tokenizer, sampling, capacity):
     """gamma 1..8: everything accepted, and the text is that of plain decoding."""
-    for prompt in PROMPTS:
+    for prompt in PROMPTS if capacity == 64 else PROMPTS[:1]:
         ids = encode(tokenizer, prompt)
         wanted = plain(pair[0], ids, sampling, NEW_TOKENS)
         for gamma in range(1, 9):
@@ -65,7 +65,7 @@ def test_identity(pair, tokenizer, sampling, capacity):
 @pytest.mark.parametrize("draft", ["twin", "shorter"])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_a_prompt_in_a_batch_of_16_gives_what_it_gives_alone(pair, tokenizer, sampling, draft):
-    prompts = load_prompts("prompts/bench48.jsonl")[:20]
+    prompts = load_prompts("prompts/bench48.jsonl")[:18]
     texts = [encode_turn(tokenizer, [], prompt.turns[0]) for prompt in prompts]
     target, twin = pair
     length = twin.config.sc_stoc_len
@@ -84,7 +84,7 @@ def test_a_prompt_in_a_batch_of_16_gives_what_it_gives_alone(pair, tokenizer, sa
 
 def decoded(target, draft, texts, sampling, slots):
     """Return for each text its blocks: (start, accepted, emitted, beta, margin)."""
-    conversations = [(turn for turn in [Turn(ids, 24, Draws(i))]) for i, ids in enumerate(texts)]
+    conversations = [(turn for turn in [Turn(ids, 12 + i % 3, Draws(i))]) for i, ids in enumerate(texts)]
     scorers = [CachedScorer(model, 64, slots) for model in (target, draft)]
     arguments = {"gamma": 4, "sampling": sampling, "eos_token_ids": frozenset()}
     blocks = [[] for _ in texts]

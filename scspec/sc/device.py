@@ -99,8 +99,8 @@ class PackedWeight:
 class SegmentSums:
     """Counts that a backend hands to `triton.rescale`: exact integers, not yet scaled.
 
-    sums: int16, int32 where that is too short, (segments, N, m_pad); `per_chunk` of them in a row make up one chunk.  scale: float32 (N, chunks),
-    the rows' scales.
+    sums: int16, or int32 where that is too short, (segments, N, m_pad); `per_chunk` of them in a row make up one chunk.
+    scale: float32 (N, chunks), the rows' scales.
     """
 
     sums: torch.Tensor
