@@ -26,7 +26,7 @@ from scspec.provenance import device_name, versions
 from scspec.sc import cpu
 from scspec.sc.knobs import stream_spec
 from scspec.sc.linear import SCLinear
-from scspec.sc.streams import count_table, ones_table
+from scspec.sc.streams import ones_table
 
 ROWS, CONTEXT, STOC_LEN = 5, 64, 128
 
@@ -57,7 +57,7 @@ def prepared_layers(model, rows: int):
 
 def measurements(model, plain, tokens):
     """Return {name: a function to time}; each call takes the next 5 of `tokens`."""
-    layers, counts_of = prepared_layers(model, ROWS), count_table(stream_spec(model.sc_knobs))
+    layers, counts_of = prepared_layers(model, ROWS), cpu.counts_by_magnitude(stream_spec(model.sc_knobs))
     tables = torch.randint(-9, 9, (8, 256)).numpy()
     cache = model.new_kv_cache(1, CONTEXT + ROWS)
     model(input_ids=tokens[:, :CONTEXT], kv_cache=cache)

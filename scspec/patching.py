@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from scspec import fused_cpu
 from scspec.attention import CausalAttention
 from scspec.decoding.cache import KVCache
 from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU
@@ -206,6 +207,8 @@ def _logits(model: PreTrainedModel, input_ids: torch.Tensor, cache: KVCache, log
 
         if fused.fits(model):
             return fused.forward(model, input_ids, cache, logits_to_keep)
+    elif fused_cpu.fits(model):
+        return fused_cpu.forward(model, input_ids, cache, logits_to_keep)
     device = input_ids.device
     positions = torch.tensor(cache.lengths, device=device)[:, None] + torch.arange(input_ids.shape[1], device=device)
     options = {"position_ids": positions, "use_cache": False, "kv_cache": cache, "logits_to_keep": logits_to_keep}

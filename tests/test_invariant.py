@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU, cpu
 
@@ -187,6 +187,28 @@ def test_linear_is_the_ascending_sum():
             for d in range(50):
                 total = total + x[n, d] * weight[m, d]
             assert out[n, m] == total
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 255), (3, 256), (2, 1537)])
+def test_silu_mul_is_silu_times_up(rows, columns):
+    gate_up = normal(rows, 2 * columns, seed=3, scale=4.0)
+    wanted = np.stack([cpu.silu(row[:columns]) * row[columns:] for row in gate_up])
+    assert np.array_equal(cpu.silu_mul(gate_up), wanted)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 12), (3, 3, 6), (9, 3, 64)])
+def test_rotated_heads_are_hugging_faces(heads, kv_heads, head_dim):
+    """Two sequences at positions of their own; bit for bit, the elementwise products and sums being IEEE in both."""
+    batch, steps, start = 2, 5, np.array([3, 11])
+    qkv = normal(batch * steps, (heads + 2 * kv_heads) * head_dim, seed=1)
+    cos, sin = normal(16, head_dim, seed=2), normal(16, head_dim, seed=4)
+    parts = cpu.rotated_heads(qkv, start, kv_heads, cos, sin)
+    rows = torch.from_numpy(qkv).view(batch, steps, -1, head_dim).transpose(1, 2)
+    query, key, value = rows.split([heads, kv_heads, kv_heads], dim=1)
+    tables = (torch.from_numpy(table[start[:, None] + np.arange(steps)]) for table in (cos, sin))
+    wanted = (*apply_rotary_pos_emb(query, key, *tables), value)
+    for part, want in zip(parts, wanted, strict=True):
+        assert torch.equal(torch.from_numpy(np.ascontiguousarray(part)), want)
 
 
 def test_silu_module_keeps_the_shape():

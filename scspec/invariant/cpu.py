@@ -76,11 +76,24 @@ def silu(x):
     return out
 
 
-@nb.njit(**_JIT)
+@nb.njit(parallel=True, **_JIT)
+def silu_mul(gate_up):
+    """Return silu(gate) * up float32 (N, M) of gate_up float32 (N, 2 * M), gate's columns before up's."""
+    rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
+    out = np.empty((rows, columns), np.float32)
+    blocks = -(-columns // BLOCK)
+    for item in nb.prange(rows * blocks):
+        n, first = item // blocks, item % blocks * BLOCK
+        last = min(first + BLOCK, columns)
+        out[n, first:last] = silu(gate_up[n, first:last]) * gate_up[n, columns + first : columns + last]
+    return out
+
+
+@nb.njit(parallel=True, **_JIT)
 def rms_norm(x, weight, eps):
     """Return RMSNorm of x float32 (N, D) (Zhang & Sennrich 2019): the squares' sum in float64, ascending."""
     out = np.empty_like(x)
-    for n in range(x.shape[0]):
+    for n in nb.prange(x.shape[0]):
         total = 0.0
         for d in range(x.shape[1]):
             total += np.float64(x[n, d]) * np.float64(x[n, d])
@@ -141,6 +154,32 @@ def rotary_table(inv_freq, scaling, first, last):
             cos[row, i] = cos[row, half + i] = np.float32(math.cos(angle)) * scaling
             sin[row, i] = sin[row, half + i] = np.float32(math.sin(angle)) * scaling
     return cos, sin
+
+
+@nb.njit(**_JIT)
+def rotated_heads(qkv, start, kv_heads, cos, sin):
+    """Return (query, key, value) float32 (B, heads, T, head_dim) of qkv float32 (B * T, all heads' dimensions).
+
+    Query and key are rotated as in Hugging Face, by row start[b] + t of cos and sin float32 (positions, head_dim).
+    """
+    batch, head_dim = start.shape[0], cos.shape[1]
+    steps, heads = qkv.shape[0] // batch, qkv.shape[1] // head_dim
+    out = np.empty((batch, heads, steps, head_dim), np.float32)
+    half = head_dim // 2
+    for b in range(batch):
+        for t in range(steps):
+            c, s = cos[start[b] + t], sin[start[b] + t]
+            for h in range(heads):
+                x, y = qkv[b * steps + t, h * head_dim : (h + 1) * head_dim], out[b, h, t]
+                if h >= heads - kv_heads:
+                    y[:] = x
+                    continue
+                for i in range(half):
+                    y[i] = x[i] * c[i] + (-x[half + i]) * s[i]
+                    y[half + i] = x[half + i] * c[half + i] + x[i] * s[half + i]
+    first_key, first_value = heads - 2 * kv_heads, heads - kv_heads
+    parts = out[:, :first_key], out[:, first_key:first_value], out[:, first_value:]
+    return parts
 
 
 @nb.njit(parallel=True, **_JIT)

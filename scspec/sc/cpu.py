@@ -10,6 +10,7 @@ word, so that a pass over the rows reads words in order and keeps its eight tabl
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numba as nb
 import numpy as np
@@ -24,6 +25,7 @@ ROWS = 4
 RUN = 8
 _WIDTH = 256  # columns that one task rescales: its sums stay in the L1 cache
 _JIT = {"cache": True, "nogil": True}
+_SIGN_BIT = 128  # of a bipolar code byte; magnitudes lie below
 #: An empty packed sum: 2**15 in each field (as int64).
 EMPTY = np.array(0x8000_8000_8000_8000, np.uint64).astype(np.int64)[()]
 
@@ -55,15 +57,27 @@ def counts(a_codes: torch.Tensor, b_codes: torch.Tensor, spec: StreamSpec) -> to
     words = _pack_words(_code_bytes(b_codes.contiguous().numpy(), spec.mode == "bipolar"))
     ones = _signed_ones(a_codes.contiguous().numpy(), ones_table(spec), words.shape[0] * 8)
     rows = a_codes.shape[0]
-    sums = run_sums(ones, rows, words, count_table(spec), words.shape[0])
+    sums = run_sums(ones, rows, words, counts_by_magnitude(spec), words.shape[0])
     return torch.from_numpy(_unpack_total(sums, rows))
+
+
+@lru_cache(maxsize=8)
+def counts_by_magnitude(spec: StreamSpec) -> np.ndarray:
+    """Return `count_table`, (base, stoc_len + 1, 128 if bipolar, else 256): zero for magnitudes above the codes."""
+    table = count_table(spec)
+    missing = (_SIGN_BIT if spec.mode == "bipolar" else 256) - table.shape[2]
+    return np.pad(table, ((0, 0), (0, 0), (0, missing))) if missing else table
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, spec: StreamSpec) -> torch.Tensor:
     """Return x @ weight.T, float32 (N, D) -> (N, M): `sc_matmul` per_row, bipolar, chunked, bit for bit."""
-    factor = np.float32(spec.max_code**2 / spec.stoc_len)
-    tables = ones_table(spec), count_table(spec)
-    return torch.from_numpy(_linear(x.numpy(), weight.words, weight.scale, weight.chunk_d, *tables, factor))
+    tables, factor = tables_of(spec)
+    return torch.from_numpy(linear_rows(x.numpy(), weight.words, weight.scale, weight.chunk_d, *tables, factor))
+
+
+def tables_of(spec: StreamSpec) -> tuple[tuple[np.ndarray, np.ndarray], np.float32]:
+    """Return ((K's table, the counts' table), what a scaled sum of counts is multiplied with) for the kernels."""
+    return (ones_table(spec), counts_by_magnitude(spec)), np.float32(spec.max_code**2 / spec.stoc_len)
 
 
 def _code_bytes(codes: np.ndarray, bipolar: bool) -> np.ndarray:
@@ -129,7 +143,7 @@ def row_scale(x, max_code):
 
 
 @nb.njit(parallel=True, **_JIT)
-def _linear(x, words, scale_b, chunk_d, ones_of, counts_of, factor):
+def linear_rows(x, words, scale_b, chunk_d, ones_of, counts_of, factor):
     """Return float32 (N, M): encode, count, rescale. One compiled call: a dispatch costs as much as a short row."""
     chunk_words = -(-chunk_d // 8)
     ones, scale_a = encode_rows(x, ones_of, chunk_d, words.shape[0])
@@ -146,7 +160,7 @@ def _linear(x, words, scale_b, chunk_d, ones_of, counts_of, factor):
     return out
 
 
-@nb.njit(**_JIT)
+@nb.njit(parallel=True, **_JIT)
 def encode_rows(x, table, chunk_d, words):
     """Return (signed ones int16 (groups, words * 8, ROWS), scales float32 (N, chunks)) of x float32 (N, D)."""
     rows, depth = x.shape
@@ -154,12 +168,12 @@ def encode_rows(x, table, chunk_d, words):
     max_code = np.float32(table.shape[1] - 1)
     ones = np.zeros((-(-rows // ROWS), words * 8, ROWS), np.int16)
     scale = np.empty((rows, chunks), np.float32)
-    for n in range(rows):
-        for c in range(chunks):
-            piece = x[n, c * chunk_d : min((c + 1) * chunk_d, depth)]
-            scale[n, c] = row_scale(piece, max_code)
-            out = ones[n // ROWS, c * step : c * step + piece.shape[0], n % ROWS]
-            quantise(piece, scale[n, c], max_code, table, out)
+    for item in nb.prange(rows * chunks):
+        n, c = item // chunks, item % chunks
+        piece = x[n, c * chunk_d : min((c + 1) * chunk_d, depth)]
+        scale[n, c] = row_scale(piece, max_code)
+        out = ones[n // ROWS, c * step : c * step + piece.shape[0], n % ROWS]
+        quantise(piece, scale[n, c], max_code, table, out)
     return ones, scale
 
 
@@ -167,24 +181,33 @@ def encode_rows(x, table, chunk_d, words):
 def build_tables(ones, used, first_dim, counts_of, tables):
     """Fill tables int64 (8, 256) with the packed signed counts of 8 dimensions, ones int16 (8, ROWS).
 
-    Only the first `used` rows may have ones: a lone row, as in every draft step, takes a third of the time.
+    counts_of: see `counts_by_magnitude`. Only the first `used` rows may have ones: a lone row, as in every draft step,
+    takes half the time. The loops' lengths are constants, known not to overlap their stores: two to three times faster.
     """
-    base, codes = counts_of.shape[0], counts_of.shape[2]
     for i in range(8):
-        of_dim = counts_of[(first_dim + i) % base]
+        of_dim = counts_of[(first_dim + i) % counts_of.shape[0]]
         k0, k1, k2, k3 = ones[i, 0], ones[i, 1], ones[i, 2], ones[i, 3]
-        s0, s1 = np.int64(1 if k0 >= 0 else -1), np.int64(1 if k1 >= 0 else -1)
-        s2, s3 = np.int64(1 if k2 >= 0 else -1), np.int64(1 if k3 >= 0 else -1)
+        one0, one1, one2, one3 = _field(k0, 0), _field(k1, 1), _field(k2, 2), _field(k3, 3)
         c0, c1, c2, c3 = of_dim[abs(k0)], of_dim[abs(k1)], of_dim[abs(k2)], of_dim[abs(k3)]
-        if used == 1:
-            for j in range(codes):
-                tables[i, j] = s0 * c0[j]
+        if of_dim.shape[1] != _SIGN_BIT:
+            for j in range(256):
+                tables[i, j] = one0 * c0[j] + one1 * c1[j] + one2 * c2[j] + one3 * c3[j]
+        elif used == 1:
+            for j in range(_SIGN_BIT):
+                value = one0 * c0[j]
+                tables[i, j] = value
+                tables[i, _SIGN_BIT + j] = -value
         else:
-            for j in range(codes):
-                tables[i, j] = s0 * c0[j] + ((s1 * c1[j]) << 16) + ((s2 * c2[j]) << 32) + ((s3 * c3[j]) << 48)
-        if codes <= 128:
-            for j in range(codes):
-                tables[i, 128 + j] = -tables[i, j]
+            for j in range(_SIGN_BIT):
+                value = one0 * c0[j] + one1 * c1[j] + one2 * c2[j] + one3 * c3[j]
+                tables[i, j] = value
+                tables[i, _SIGN_BIT + j] = -value
+
+
+@nb.njit(**_JIT)
+def _field(ones, r):
+    """Return 1 in field r of a packed sum, with the sign of `ones`."""
+    return np.int64(1 if ones >= 0 else -1) << (16 * r)
 
 
 @nb.njit(**_JIT)
@@ -211,7 +234,8 @@ def look_up(tables, words, ahead, out):
 def run_sums(ones, rows, words, counts_of, chunk_words):
     """Return the packed sums of every run, int64 (groups, runs, M); a run is at most RUN words of one chunk.
 
-    Parallel over (group, run): no thread adds to another's sum, and integers make the order irrelevant.
+    Parallel over (run, group): no thread adds to another's sum, and integers make the order irrelevant. Groups of one
+    run follow each other, so that each thread gets as many lone rows, whose tables are cheap, as the others.
     """
     groups, columns = ones.shape[0], words.shape[1]
     chunk_runs = -(-chunk_words // RUN)
@@ -219,7 +243,7 @@ def run_sums(ones, rows, words, counts_of, chunk_words):
     runs = whole * chunk_runs + -(-rest // RUN)
     out = np.empty((groups, runs, columns), np.int64)
     for item in nb.prange(groups * runs):
-        group, run = item // runs, item % runs
+        run, group = item // groups, item % groups
         chunk_start = run // chunk_runs * chunk_words
         first = chunk_start + run % chunk_runs * RUN
         last = min(first + RUN, chunk_start + chunk_words, words.shape[0])

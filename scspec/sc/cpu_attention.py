@@ -24,8 +24,9 @@ from scspec.sc.cpu import (
     magnitude_peak,
     quantise,
     row_scale,
+    tables_of,
 )
-from scspec.sc.streams import StreamSpec, count_table, ones_table
+from scspec.sc.streams import StreamSpec
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,17 @@ class EncodedKV:
 
     def slot(self, b: int) -> "EncodedKV":
         """Return the store of sequence b alone, a view."""
-        arrays = self.k_words, self.v_words, self.k_scale, self.v_scale
-        return EncodedKV(*(array[b : b + 1] for array in arrays), self.max_code)
+        return EncodedKV(*(array[b : b + 1] for array in self.arrays), self.max_code)
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """The arrays, in the order in which the kernels take them."""
+        return self.k_words, self.v_words, self.k_scale, self.v_scale
+
+    def check(self, spec: StreamSpec) -> None:
+        """Raise ValueError if the codes are of another sc_prec than `spec`."""
+        if self.max_code != spec.max_code:
+            raise ValueError(f"sc_prec={spec.sc_prec}: the KV cache was encoded with largest code {self.max_code}")
 
 
 def attend(
@@ -74,14 +84,12 @@ def attend(
     query: float32 (B, H, T, head_dim); key, value: (B, H_kv, T, head_dim); row t of sequence b stands at position
     start[b] + t (one int: the same for all), and the store holds all earlier ones.
     """
-    if store.max_code != spec.max_code:
-        raise ValueError(f"sc_prec={spec.sc_prec}: the KV cache was encoded with largest code {store.max_code}")
+    store.check(spec)
     start = np.full(query.shape[0], start, np.int64)
-    arrays = store.k_words, store.v_words, store.k_scale, store.v_scale
-    _write(key.contiguous().numpy(), value.contiguous().numpy(), start, *arrays, np.float32(spec.max_code))
-    factor = np.float32(spec.max_code**2 / spec.stoc_len)
-    tables = ones_table(spec), count_table(spec)
-    return torch.from_numpy(_attend(query.contiguous().numpy(), start, *arrays, *tables, factor, np.float32(scaling)))
+    write_rows(key.contiguous().numpy(), value.contiguous().numpy(), start, *store.arrays, np.float32(spec.max_code))
+    tables, factor = tables_of(spec)
+    query, scaling = query.contiguous().numpy(), np.float32(scaling)
+    return torch.from_numpy(attend_rows(query, start, *store.arrays, *tables, factor, scaling))
 
 
 @nb.njit(**_JIT)
@@ -92,7 +100,7 @@ def _code_byte(x, scale, max_code):
 
 
 @nb.njit(**_JIT)
-def _write(key, value, start, k_words, v_words, k_scale, v_scale, max_code):
+def write_rows(key, value, start, k_words, v_words, k_scale, v_scale, max_code):
     """Encode new keys and values (per position, per KV head) into the store's words; start: int64 (B,)."""
     batch, heads, count, head_dim = key.shape
     for b in range(batch):
@@ -113,7 +121,7 @@ def _write(key, value, start, k_words, v_words, k_scale, v_scale, max_code):
 
 
 @nb.njit(parallel=True, **_JIT)
-def _attend(query, start, k_words, v_words, k_scale, v_scale, ones_of, counts_of, factor, scaling):
+def attend_rows(query, start, k_words, v_words, k_scale, v_scale, ones_of, counts_of, factor, scaling):
     """Return attention (B, T, H, head_dim); one task per (sequence, KV head, group of ROWS query rows)."""
     batch, heads, count, head_dim = query.shape
     kv_heads = k_words.shape[1]

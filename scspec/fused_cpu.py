@@ -1,0 +1,82 @@
+"""The forward of a patched Llama on the CPU: one compiled call a decoder layer.
+
+The kernels and their bits are those of the module tree; what is saved is the walk through it: between two kernels it
+took longer than a draft step's norms, rotary, activation and encoding together.
+
+Not covered: the scopes and modes that `fits` refuses; they run through the module tree.
+"""
+
+import numba as nb
+import numpy as np
+import torch
+
+from scspec.attention import SC_CAUSAL
+from scspec.decoding.cache import KVCache
+from scspec.invariant.cpu import rms_norm, rotated_heads, silu_mul
+from scspec.sc import cpu
+from scspec.sc.cpu_attention import attend_rows, write_rows
+from scspec.sc.knobs import stream_spec
+
+
+def fits(model) -> bool:
+    """Return whether the present knobs of a patched model allow the fused forward."""
+    attention = model.model.layers[0].self_attn
+    return (
+        model.sc_knobs.backend == cpu.NAME
+        and model.sc_knobs.batch_invariant
+        and attention.scspec_attention.path == SC_CAUSAL
+        and attention.q_proj.shared.will_join
+        and not (model.config.attention_bias or model.config.mlp_bias)
+    )
+
+
+def forward(model, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int) -> torch.Tensor:
+    """Return the logits float32 (B, k, V) of the last k new tokens (0: all) and write their K and V; input_ids (B, T).
+
+    The caller advances the cache.
+    """
+    spec = stream_spec(model.sc_knobs)
+    start = np.array(cache.lengths, np.int64)
+    rotary = model.model.rotary_emb.table(int(start.max()) + input_ids.shape[1], input_ids.device)
+    rotary = tuple(table.numpy() for table in rotary)
+    tables, factor = cpu.tables_of(spec)
+    hidden = model.model.embed_tokens(input_ids).numpy()
+    for layer, store in zip(model.model.layers, cache.layers, strict=True):
+        layer.self_attn.scspec_attention.check_store(store)
+        store.check(spec)
+        norms, weights = _arrays(layer)
+        scaling = np.float32(layer.self_attn.scaling)
+        hidden = _decoder_layer(hidden, start, norms, weights, store.arrays, rotary, tables, factor, scaling)
+    rows = torch.from_numpy(hidden)
+    return model.lm_head(model.model.norm(rows[:, -logits_to_keep:] if logits_to_keep else rows))
+
+
+def _arrays(layer) -> tuple[tuple, tuple]:
+    """Return (norms, weights) of a decoder layer as `_decoder_layer` takes them."""
+    attention, mlp = layer.self_attn, layer.mlp
+    groups = [module.shared for module in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)]
+    for group in groups:
+        group.bring_up_to_date()
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    return (
+        tuple((norm.weight.numpy(), norm.eps) for norm in norms),
+        tuple((group.weight.words, group.weight.scale, group.weight.chunk_d) for group in groups),
+    )
+
+
+@nb.njit(cache=True, nogil=True)
+def _decoder_layer(hidden, start, norms, weights, store, rotary, tables, factor, scaling):
+    """Return hidden float32 (B, T, D) after one layer; row t of sequence b stands at position start[b] + t.
+
+    norms: (weight, eps) of both; weights: (words, scale, chunk_d) of qkv, o, gate-up, down; store: EncodedKV.arrays.
+    """
+    batch, steps, depth = hidden.shape
+    residual = hidden.reshape(batch * steps, depth)
+    qkv = cpu.linear_rows(rms_norm(residual, *norms[0]), *weights[0], *tables, factor)
+    query, key, value = rotated_heads(qkv, start, store[0].shape[1], *rotary)
+    write_rows(key, value, start, *store, np.float32(tables[0].shape[1] - 1))
+    mixed = attend_rows(query, start, *store, *tables, factor, scaling).reshape(batch * steps, -1)
+    residual = residual + cpu.linear_rows(mixed, *weights[1], *tables, factor)
+    inner = silu_mul(cpu.linear_rows(rms_norm(residual, *norms[1]), *weights[2], *tables, factor))
+    residual = residual + cpu.linear_rows(inner, *weights[3], *tables, factor)
+    return residual.reshape(batch, steps, depth)
