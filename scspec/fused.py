@@ -87,7 +87,7 @@ def forward(model, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int)
 
 
 def _replayed(model, input_ids, layers, state: _State, rotary, logits_to_keep: int) -> torch.Tensor:
-    key = (*input_ids.shape, logits_to_keep, tuple(vars(model.sc_knobs).items()))
+    key = (*input_ids.shape, logits_to_keep, SharedInput.prepared, tuple(vars(model.sc_knobs).items()))
     if key not in state.graphs:
         state.graphs[key] = None
         return _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)

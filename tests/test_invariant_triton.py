@@ -16,7 +16,6 @@ from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU
 from scspec.invariant import triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 U = 2.0**-24
 WIDTHS = (576, 40, 130)
@@ -337,7 +336,7 @@ def test_wrong_operands_are_refused():
 # ---------------------------------------------------------------------------------------------- modules
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_modules_on_a_gpu(dtype):
     x = normal(2, 3, 64, dtype=dtype)
@@ -352,7 +351,7 @@ def test_modules_on_a_gpu(dtype):
         assert torch.equal(out.cpu(), expected.to(dtype))
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_kernels_in_a_graph(dtype):
     """One captured graph serves every position; nothing in it waits for the device."""

@@ -37,7 +37,6 @@ def launched(monkeypatch):
     calls = []
     monkeypatch.setattr(cuda, "_kernel", lambda name, index: name)
     monkeypatch.setattr(cuda, "_processors", lambda index: PROCESSORS)
-    monkeypatch.setattr(cuda, "_architecture", lambda index: 90)
     monkeypatch.setattr(cuda, "_stream", lambda handle: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(cuda, "launch", lambda stream, config, kernel, *args: calls.append((kernel, config, args)))

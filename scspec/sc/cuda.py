@@ -35,9 +35,7 @@ def segment_sums(x: torch.Tensor, weight: PackedWeight, tables: DeviceTables) ->
     long = "_long" if tables.counts.dtype == torch.int16 else ""
     pointers = x, weight.codes, tables.ones, tables.counts, sums, scale
     sizes = rows, weight.depth, weight.chunks, weight.m_pad, spec.max_code, spec.stoc_len + 1, span
-    shape = {"grid": -(-units // span), "block": _THREADS, "shmem_size": _TABLE_BYTES}
-    # From Hopper on, the kernel is set up, and its first weights fetched, while the one before it still runs.
-    config = LaunchConfig(**shape, programmatic_stream_serialization=_architecture(device) >= 90)
+    config = LaunchConfig(grid=-(-units // span), block=_THREADS, shmem_size=_TABLE_BYTES)
     stream = _stream(torch.cuda.current_stream(x.device).cuda_stream)
     kernel = _kernel(f"counts_{packed_rows}{long}_{_DTYPES[x.dtype]}", device)
     launch(stream, config, kernel, *(tensor.data_ptr() for tensor in pointers), *map(np.int32, sizes))
@@ -63,11 +61,6 @@ def _span(units: int, processors: int) -> int:
 @cache
 def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-@cache
-def _architecture(index: int) -> int:
-    return int(Device(index).arch)
 
 
 @cache

@@ -17,7 +17,6 @@ typedef unsigned char u8;
 typedef unsigned int u32;
 
 constexpr int THREADS = 512;
-constexpr int REGISTERS = 112;  // leaves room beside a block for the small kernels before and after
 constexpr int WARPS = THREADS / 32;
 constexpr int CHUNK = 128;
 constexpr int LINE = 128;
@@ -41,10 +40,6 @@ template <> struct __align__(16) Words<4> { u32 at[4]; };
 // The 16-bit types without their headers, which a machine that only runs kernels may lack.
 struct Float16 { unsigned short bits; };
 struct BFloat16 { unsigned short bits; };
-// x is written while this kernel may already run: no load of it may go through the read-only path.
-__device__ __forceinline__ float load(const float* at) { return __ldcg(at); }
-__device__ __forceinline__ Float16 load(const Float16* at) { return {__ldcg(&at->bits)}; }
-__device__ __forceinline__ BFloat16 load(const BFloat16* at) { return {__ldcg(&at->bits)}; }
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __int_as_float(int(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Float16 x) {
@@ -70,18 +65,6 @@ __device__ __forceinline__ void load_once(const u8* at, Words<2>& out) {
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(out.at[0]), "=r"(out.at[1]) : "l"(at));
 }
 
-// Programmatic dependent launch: the next kernel may be set up; what the last one wrote may be read.
-__device__ __forceinline__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_last() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 template <int WORDS, class T>
 __device__ void encode(const T* x, const short* ones_of, short (&ones)[2 * WORDS][CHUNK], float* scale_a, int first_row,
                        int rows, int depth, int chunk, int chunks, float max_code, bool write_scale) {
@@ -93,7 +76,7 @@ __device__ void encode(const T* x, const short* ones_of, short (&ones)[2 * WORDS
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     int d = chunk * CHUNK + i * 32 + lane;
-    v[i] = row < rows && d < depth ? to_float(load(x + size_t(row) * depth + d)) : 0.0f;
+    v[i] = row < rows && d < depth ? to_float(x[size_t(row) * depth + d]) : 0.0f;
     peak_bits = max(peak_bits, __float_as_int(v[i]) & 0x7fffffff);
   }
   peak_bits = __reduce_max_sync(0xffffffffu, peak_bits);
@@ -204,8 +187,6 @@ __device__ __forceinline__ void count_spans(const T* __restrict__ x, const u8* _
   int total = groups * segments * m_tiles;
   int unit = blockIdx.x * span, end = min(unit + span, total);
   const char* lane_tables = tables + lane_d * 4 * WORDS;
-  bool waited = false;
-  let_next_begin();
   while (unit < end) {
     int tile = unit % m_tiles, segment = unit / m_tiles % segments, group = unit / m_tiles / segments;
     int last = tile + min(m_tiles - tile, end - unit);
@@ -218,9 +199,7 @@ __device__ __forceinline__ void count_spans(const T* __restrict__ x, const u8* _
       for (int u = 0; u < S::U; u++) load_once(codes + (size_t(t) * 32 + u * WORDS) * 64, next[u]);
     };
     int mine = tile + warp;
-    if (mine < last) fetch(mine);  // weights are on their way while the last kernel ends and the tables are built
-    if (!waited) wait_for_last();
-    waited = true;
+    if (mine < last) fetch(mine);  // weights are on their way while the tables are built
     encode<WORDS>(x, ones_of, ones, scale_a, group * S::ROWS, rows, depth, chunk, chunks, float(max_code),
                   tile == 0 && half == 0);
     __syncthreads();
@@ -254,18 +233,18 @@ __device__ __forceinline__ void count_spans(const T* __restrict__ x, const u8* _
   }
 }
 
-#define COUNTS(NAME, WORDS, T, COUNT)                                                                                  \
-  extern "C" __global__ __maxnreg__(REGISTERS) void NAME(                                                              \
-      const T* x, const u8* weight, const short* ones_of, const COUNT* counts_of, short* sums, float* scale_a,         \
-      int rows, int depth, int chunks, int m_pad, int max_code, int stride, int span) {                                \
-    count_spans<WORDS, T, COUNT>(x, weight, ones_of, counts_of, sums, scale_a, rows, depth, chunks, m_pad, max_code,   \
-                                 stride, span);                                                                        \
+#define KERNEL(NAME, WORDS, T, COUNT)                                                                                   \
+  extern "C" __global__ __launch_bounds__(THREADS, 1) void NAME(                                                        \
+      const T* x, const u8* weight, const short* ones_of, const COUNT* counts_of, short* sums, float* scale_a, int rows, \
+      int depth, int chunks, int m_pad, int max_code, int stride, int span) {                                           \
+    count_spans<WORDS, T, COUNT>(x, weight, ones_of, counts_of, sums, scale_a, rows, depth, chunks, m_pad, max_code,     \
+                                 stride, span);                                                                         \
   }
-#define KERNELS(T, SUFFIX)                    \
-  COUNTS(counts_2_##SUFFIX, 1, T, u8)         \
-  COUNTS(counts_4_##SUFFIX, 2, T, u8)         \
-  COUNTS(counts_8_##SUFFIX, 4, T, u8)         \
-  COUNTS(counts_8_long_##SUFFIX, 4, T, short)
+#define KERNELS(T, SUFFIX)            \
+  KERNEL(counts_2_##SUFFIX, 1, T, u8) \
+  KERNEL(counts_4_##SUFFIX, 2, T, u8) \
+  KERNEL(counts_8_##SUFFIX, 4, T, u8) \
+  KERNEL(counts_8_long_##SUFFIX, 4, T, short)
 
 KERNELS(float, float32)
 KERNELS(Float16, float16)

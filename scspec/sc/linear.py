@@ -115,6 +115,8 @@ class SharedInput:
     each member's weight is then a part. None in every other form: there each member works alone.
     """
 
+    prepared = 0  #: how many times any group took on a form: what was captured before may read memory that is gone
+
     def __init__(self, members: list[SCLinear]):
         self.members = members
         self.weight = None
@@ -154,6 +156,7 @@ class SharedInput:
         form, backend = first.wanted_form(), first.knobs.backend
         if form == first.form:
             return
+        SharedInput.prepared += 1
         codes = [member.prepare(form) for member in self.members]
         self.weight = self._products = None
         if is_packed(form, backend):

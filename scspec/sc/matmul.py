@@ -127,7 +127,7 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
         raise ValueError(f"backend={backend!r}: allowed are {', '.join(BACKENDS)}")
     if backend == "cpu" and device.type != "cpu":
         raise ValueError(f"backend='cpu': needs tensors on the CPU, these are on {device}")
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = backend == "triton" and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if backend in GPU_BACKENDS and device.type != "cuda" and not interpreted:
         raise ValueError(f"backend={backend!r}: needs tensors on a CUDA device, these are on {device}")
     return backend

@@ -5,13 +5,10 @@ over outputs, so the look-ups of a warp are served by that line in one pass of t
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.runtime import driver
 
 from scspec.invariant import triton as invariant
 from scspec.sc.device import CHUNK, RUN, SLAB, DeviceTables, PackedWeight, SegmentSums, code_bytes, device_tables
@@ -30,7 +27,7 @@ def counts(a_codes: torch.Tensor, b_codes: torch.Tensor, spec: StreamSpec) -> to
     """Return sum over d of sign_a sign_b count: codes (N, D), (M, D) int16 -> int32 (N, M)."""
     tables = device_tables(spec, a_codes.device)
     dims = torch.arange(a_codes.shape[1], device=a_codes.device) % 256
-    ones = tables.ones[dims, a_codes.abs().long()] * a_codes.sign()
+    ones = (tables.ones[dims, a_codes.abs().long()] * a_codes.sign()).contiguous()
     codes = code_bytes(b_codes, spec.mode).contiguous()
     (rows, depth), outputs = a_codes.shape, codes.shape[0]
     sums = torch.empty((1, rows, outputs), dtype=torch.int32, device=codes.device)
@@ -235,20 +232,8 @@ def rescale(
         AHEAD=_AHEAD,
         num_warps=_FINISHED // 32,
         **_EXACT,
-        **_overlap(),
     )
     return out
-
-
-def _overlap() -> dict:
-    """Return the launch options of a kernel that waits by itself: from Hopper on it is set up while the last runs."""
-    overlaps = not triton.knobs.runtime.interpret and _architecture() >= 90
-    return {"PDL": overlaps, "launch_pdl": overlaps}
-
-
-@cache
-def _architecture() -> int:
-    return driver.active.get_current_target().arch
 
 
 @triton.jit
@@ -292,12 +277,8 @@ def _rescale_kernel(
     BIAS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     AHEAD: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Finish OUTPUTS outputs of one row."""
-    if PDL:  # programmatic dependent launch: the next kernel may be set up; what the last one wrote may be read
-        gdc_launch_dependents()
-        gdc_wait()
     m = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.program_id(1)
     mask = m < outputs
