@@ -75,13 +75,14 @@ def forward(model, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int)
     """
     layers = cache.layers
     whole = isinstance(layers, DeviceLayers)  # a slot's view is used once, for a prefill: no graph
-    state = layers.state if whole else DeviceLayers([], cache.batch, input_ids.device).state
-    state.place(cache.lengths)
-    rotary = model.model.rotary_emb.table(cache.capacity, input_ids.device)
-    if input_ids.is_cuda and whole and input_ids.numel() <= GRAPH_ROWS:
-        logits = _replayed(model, input_ids, layers, state, rotary, logits_to_keep)
-    else:
-        logits = _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)
+    with torch.cuda.device_of(input_ids):
+        state = layers.state if whole else DeviceLayers([], cache.batch, input_ids.device).state
+        state.place(cache.lengths)
+        rotary = model.model.rotary_emb.table(cache.capacity, input_ids.device)
+        if input_ids.is_cuda and whole and input_ids.numel() <= GRAPH_ROWS:
+            logits = _replayed(model, input_ids, layers, state, rotary, logits_to_keep)
+        else:
+            logits = _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)
     state.held = tuple(length + input_ids.shape[1] for length in state.held)
     return logits
 
