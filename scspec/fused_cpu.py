@@ -16,6 +16,7 @@ from scspec.invariant.cpu import rms_norm, rotated_heads, silu_mul
 from scspec.sc import cpu
 from scspec.sc.cpu_attention import attend_rows, write_rows
 from scspec.sc.knobs import stream_spec
+from scspec.sc.streams import StreamSpec
 
 
 def fits(model) -> bool:
@@ -41,27 +42,25 @@ def forward(model, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int)
     rotary = tuple(table.numpy() for table in rotary)
     tables, factor = cpu.tables_of(spec)
     hidden = model.model.embed_tokens(input_ids).numpy()
-    for layer, store in zip(model.model.layers, cache.layers, strict=True):
-        layer.self_attn.scspec_attention.check_store(store)
-        store.check(spec)
-        norms, weights = _arrays(layer)
-        scaling = np.float32(layer.self_attn.scaling)
-        hidden = _decoder_layer(hidden, start, norms, weights, store.arrays, rotary, tables, factor, scaling)
+    # All of this walk before the first kernel: afterwards the weights would have flushed it out of the caches.
+    layers = [_arguments(layer, store, spec) for layer, store in zip(model.model.layers, cache.layers, strict=True)]
+    for norms, weights, arrays, scaling in layers:
+        hidden = _decoder_layer(hidden, start, norms, weights, arrays, rotary, tables, factor, scaling)
     rows = torch.from_numpy(hidden)
     return model.lm_head(model.model.norm(rows[:, -logits_to_keep:] if logits_to_keep else rows))
 
 
-def _arrays(layer) -> tuple[tuple, tuple]:
-    """Return (norms, weights) of a decoder layer as `_decoder_layer` takes them."""
+def _arguments(layer, store, spec: StreamSpec) -> tuple:
+    """Return (norms, weights, store, scaling) of a decoder layer as `_decoder_layer` takes them."""
     attention, mlp = layer.self_attn, layer.mlp
+    attention.scspec_attention.check_store(store)
+    store.check(spec)
     groups = [module.shared for module in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)]
     for group in groups:
         group.bring_up_to_date()
-    norms = layer.input_layernorm, layer.post_attention_layernorm
-    return (
-        tuple((norm.weight.numpy(), norm.eps) for norm in norms),
-        tuple((group.weight.words, group.weight.scale, group.weight.chunk_d) for group in groups),
-    )
+    weights = tuple((group.weight.words, group.weight.scale, group.weight.chunk_d) for group in groups)
+    norms = tuple((norm.weight.numpy(), norm.eps) for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+    return norms, weights, store.arrays, np.float32(attention.scaling)
 
 
 @nb.njit(cache=True, nogil=True)

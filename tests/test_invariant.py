@@ -178,9 +178,16 @@ def test_linear(rows, depth, columns, threads):
     assert outs[0][:, : (columns + 1) // 2].tobytes() == fewer.tobytes()
 
 
-def test_linear_is_the_ascending_sum():
+@pytest.mark.parametrize(("kept_bits", "packed_as"), [(32, np.uint32), (17, np.uint32), (16, np.uint16)])
+def test_linear_is_the_ascending_sum(kept_bits, packed_as):
+    """Weights of a bfloat16 checkpoint are packed in 16 bits; one more bit in a single weight, and none are."""
     x, weight = normal(3, 50), normal(7, 50, seed=1)
-    out = cpu.linear(x, cpu.pack_linear(weight), 7)
+    bits = weight.view(np.uint32)
+    bits &= np.uint32(0xFFFFFFFF if kept_bits == 32 else 0xFFFF0000)
+    bits[6, 49] |= np.uint32(0x8000 if kept_bits == 17 else 0)
+    packed = cpu.pack_linear(weight)
+    assert packed.dtype == packed_as
+    out = cpu.linear(x, packed, 7)
     for n in range(3):
         for m in range(7):
             total = np.float32(0)

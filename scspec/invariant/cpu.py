@@ -104,35 +104,49 @@ def rms_norm(x, weight, eps):
     return out
 
 
-@nb.njit(parallel=True, **_JIT)
 def pack_linear(weight):
-    """Return weight float32 (M, D) as blocks (ceil(M / BLOCK), D, BLOCK), zero-padded: one task streams one block."""
-    columns, depth = weight.shape
+    """Return weight float32 (M, D) as bits (ceil(M / BLOCK), D, BLOCK), zero-padded: one task streams one block.
+
+    uint16, the upper halves, if no lower half says anything (a checkpoint in bfloat16): `linear` waits for memory, and
+    this is half as much of it. Else uint32.
+    """
+    bits = weight.view(np.uint32)
+    return _pack_blocks(bits if (bits & 0xFFFF).any() else (bits >> 16).astype(np.uint16))
+
+
+@nb.njit(parallel=True, **_JIT)
+def _pack_blocks(bits):
+    columns, depth = bits.shape
     blocks = -(-columns // BLOCK)
-    out = np.zeros((blocks, depth, BLOCK), np.float32)
+    out = np.zeros((blocks, depth, BLOCK), bits.dtype)
     for block in nb.prange(blocks):
         for m in range(min(BLOCK, columns - block * BLOCK)):
             for d in range(depth):
-                out[block, d, m] = weight[block * BLOCK + m, d]
+                out[block, d, m] = bits[block * BLOCK + m, d]
     return out
 
 
 @nb.njit(parallel=True, **_JIT)
 def linear(x, packed, columns):
-    """Return x @ weight.T of x float32 (N, D): each output is summed over d in ascending order."""
+    """Return x @ weight.T of x float32 (N, D), weight as `pack_linear` packs it: sums over d in ascending order."""
     rows = x.shape[0]
     out = np.empty((rows, columns), np.float32)
+    shift = 32 - 8 * packed.itemsize
     for block in nb.prange(packed.shape[0]):
         width = min(BLOCK, columns - block * BLOCK)
         total = np.empty((_ROW_BLOCK, BLOCK), np.float32)
+        bits = np.empty(BLOCK, np.uint32)
+        weights = bits.view(np.float32)
         for first in range(0, rows, _ROW_BLOCK):
             count = min(_ROW_BLOCK, rows - first)
             total[:] = 0.0
             for d in range(x.shape[1]):
+                for m in range(BLOCK):
+                    bits[m] = np.uint32(packed[block, d, m]) << shift
                 for r in range(count):
                     v = x[first + r, d]
                     for m in range(BLOCK):
-                        total[r, m] += v * packed[block, d, m]
+                        total[r, m] += v * weights[m]
             for r in range(count):
                 for m in range(width):
                     out[first + r, block * BLOCK + m] = total[r, m]
