@@ -5,7 +5,7 @@
 Correctness first: the pass is compared bit for bit with the same tokens fed one by one. Then, alternating in one run,
 medians of:
     pass              a forward of 5 new tokens at 64..., everything included
-    look-ups, plain   `look_up` alone: each weight byte of every SC linear layer, once per group of four rows
+    look-ups, plain   the yardstick, `look_up` alone: each weight byte of every SC linear layer, once per four rows
     look-ups, hinted  the same loop as the engine runs it, told which words come next
     counts            `run_sums`: the hinted loop with the tables it needs
     float32           the plain Hugging Face model's forward of 5 new tokens at the same length (sdpa, DynamicCache)
