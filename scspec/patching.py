@@ -6,6 +6,7 @@ interface. The knobs live on `model.config`. Nothing of another instance, even o
 Not covered: where weights come from (`models`). Other model families than Llama's are refused.
 """
 
+from collections.abc import Callable
 from types import MethodType, SimpleNamespace
 
 import torch
@@ -202,14 +203,21 @@ def _forward(
 
 
 def _logits(model: PreTrainedModel, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int) -> torch.Tensor:
-    if model.sc_knobs.backend in GPU_BACKENDS:
-        from scspec import fused
-
-        if fused.fits(model):
-            return fused.forward(model, input_ids, cache, logits_to_keep)
-    elif fused_cpu.fits(model):
-        return fused_cpu.forward(model, input_ids, cache, logits_to_keep)
+    forward = _fused_forward(model)
+    if forward is not None:
+        return forward(model, input_ids, cache, logits_to_keep)
     device = input_ids.device
     positions = torch.tensor(cache.lengths, device=device)[:, None] + torch.arange(input_ids.shape[1], device=device)
     options = {"position_ids": positions, "use_cache": False, "kv_cache": cache, "logits_to_keep": logits_to_keep}
     return type(model).forward(model, input_ids, **options).logits
+
+
+def _fused_forward(model: PreTrainedModel) -> Callable | None:
+    """Return the forward that skips the module tree, None where knobs, or a module put in by hand, need the tree."""
+    if model.sc_knobs.backend in GPU_BACKENDS:
+        from scspec import fused as fast
+    else:
+        fast = fused_cpu
+    norms = (norm for layer in model.model.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm))
+    ours = all(isinstance(norm, InvariantRMSNorm) for norm in norms)
+    return fast.forward if ours and fast.fits(model) else None

@@ -299,3 +299,11 @@ def test_nan_reaches_the_logits():
     out = logits(patch_model(model))
     assert torch.isfinite(out[:, :3]).all()
     assert torch.isnan(out[:, 3:]).all()
+
+
+def test_a_module_put_in_by_hand_is_used():
+    """The fused forward would pass it by."""
+    model, ids = patch_model(tiny_model()), torch.tensor([[3, 1, 4, 1, 5]])
+    before = model(input_ids=ids).logits
+    model.set_submodule("model.layers.1.post_attention_layernorm", nn.Identity())
+    assert not torch.equal(model(input_ids=ids).logits, before)
