@@ -160,14 +160,17 @@ def measure_prefill(report: Report, model, name: str, length: int) -> None:
 
 
 def accepting(tau: float, generator: torch.Generator):
-    """Return a Greedy that accepts as many proposals as it takes to emit `tau` tokens a block on average."""
-    lower = math.floor(tau - 1)
+    """Return a Greedy that accepts each proposal with the probability at which blocks emit `tau` tokens on average."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**i for i in range(GAMMA + 1)) < tau else (low, middle)
 
     class Replayed(Greedy):
         def verify(self, logits):
             for verdict in super().verify(logits).values():
-                more = torch.rand((), generator=generator).item() < tau - 1 - lower
-                verdict.accepted = lower + more
+                refused = (torch.rand(GAMMA, generator=generator) >= low).tolist()
+                verdict.accepted = (*refused, True).index(True)
                 verdict.emitted = [*verdict.proposed[: verdict.accepted], verdict.p[verdict.accepted]]
             return self.verdicts
 
@@ -175,13 +178,13 @@ def accepting(tau: float, generator: torch.Generator):
 
 
 def measure_decoding(report: Report, target, draft, name: str, batch: int, tau: float | None, blocks: int = 24) -> None:
-    capacity = CONTEXT + (blocks + 2) * (GAMMA + 1)
+    capacity = CONTEXT + (blocks + 8) * (GAMMA + 1)
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(0, 1000, (batch, CONTEXT), generator=generator).tolist()
     budget = capacity - CONTEXT - GAMMA - 1
     conversations = [(turn for turn in [Turn(ids, budget, Draws(0))]) for ids in prompts]
     rule = Greedy if tau is None else accepting(tau, generator)
-    emitted, began_s, warm = 0, 0.0, 3 * batch
+    emitted, measured, began_s, warm = 0, 0, 0.0, 3 * batch
     with mock.patch.object(speculative, "Greedy", rule):
         scorers = CachedScorer(target, capacity, batch), CachedScorer(draft, capacity, batch)
         arguments = {"gamma": GAMMA, "sampling": SamplingConfig(), "eos_token_ids": frozenset()}
@@ -190,13 +193,13 @@ def measure_decoding(report: Report, target, draft, name: str, batch: int, tau: 
                 torch.cuda.synchronize()
                 began_s = time.perf_counter()
             elif number > warm:
-                emitted += len(block.emitted)
+                emitted, measured = emitted + len(block.emitted), measured + 1
             if number == warm + blocks * batch:
                 break
     torch.cuda.synchronize()
     seconds = time.perf_counter() - began_s
     report.add(f"speculative {name}, gamma {GAMMA}, batch {batch}", emitted / seconds, "tokens/s", f"tau {tau}")
-    report.add(f"  one block of it, batch {batch}", seconds / blocks * 1e3, "ms")
+    report.add(f"  one block of it, batch {batch}", seconds / measured * batch * 1e3, "ms")
 
 
 def main() -> None:
@@ -207,6 +210,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=("linear", "1B", "8B", "smollm2"), default=["linear", "1B", "8B"])
     parser.add_argument("--json")
     arguments = parser.parse_args()
+    if not 1 < arguments.tau < GAMMA + 1:
+        parser.error(f"--tau {arguments.tau}: must lie between 1 and gamma + 1 = {GAMMA + 1}")
     torch.manual_seed(0)
     check_counts(arguments.backend)
     report = Report()

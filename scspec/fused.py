@@ -50,7 +50,7 @@ class _State:
     """start: int32 (B,) on the device, the position of each sequence's next row; `held` is what it says."""
 
     start: torch.Tensor
-    held: tuple[int, ...]
+    held: tuple[int, ...] | None
     graphs: dict = field(default_factory=dict)
 
     def place(self, lengths: tuple[int, ...]) -> None:
@@ -78,20 +78,22 @@ def forward(model, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int)
     with torch.cuda.device_of(input_ids):
         state = layers.state if whole else DeviceLayers([], cache.batch, input_ids.device).state
         state.place(cache.lengths)
+        held, state.held = state.held, None  # until the forward has ended, nobody knows what `start` says
         rotary = model.model.rotary_emb.table(cache.capacity, input_ids.device)
         if input_ids.is_cuda and whole and input_ids.numel() <= GRAPH_ROWS:
             logits = _replayed(model, input_ids, layers, state, rotary, logits_to_keep)
         else:
             logits = _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)
-    state.held = tuple(length + input_ids.shape[1] for length in state.held)
+    state.held = tuple(length + input_ids.shape[1] for length in held)
     return logits
 
 
 def _replayed(model, input_ids, layers, state: _State, rotary, logits_to_keep: int) -> torch.Tensor:
     key = (*input_ids.shape, logits_to_keep, SharedInput.prepared, tuple(vars(model.sc_knobs).items()))
     if key not in state.graphs:
+        logits = _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)
         state.graphs[key] = None
-        return _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)
+        return logits
     if state.graphs[key] is None:
         ids, graph = input_ids.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -36,6 +36,7 @@ def forward(model, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int)
 
     The caller advances the cache.
     """
+    nb.get_num_threads()  # starts numba's threads, which code from its cache may rely on without doing so itself
     spec = stream_spec(model.sc_knobs)
     start = np.array(cache.lengths, np.int64)
     rotary = model.model.rotary_emb.table(int(start.max()) + input_ids.shape[1], input_ids.device)

@@ -13,7 +13,7 @@ from scspec.invariant import cpu as invariant
 from scspec.sc import cpu
 from scspec.sc.encoding import encode
 from scspec.sc.knobs import stream_spec
-from scspec.sc.linear import SCLinear
+from scspec.sc.linear import SCLinear, SharedInput
 from scspec.sc.matmul import chunk_slices
 from scspec.sc.streams import resolve_streams, scrambles
 
@@ -267,3 +267,27 @@ def test_not_a_number_in_the_weight_comes_out_again(mode, granularity):
     if granularity == "per_row":
         kept = [m for m in range(9) if m != 3]
         assert torch.equal(out[:, kept], good[:, kept])
+
+
+def test_a_failed_preparation_is_made_up_for(monkeypatch):
+    """An exception between two members must not leave one of them with the old codes."""
+    config = knobs()
+    members = [layer(config, bias=False, seed=seed)[0] for seed in (0, 1)]
+    SharedInput.join(members)
+    x = operands(3, 1, 150)[0]
+    for member in members:
+        member(x)
+    config.sc_prec, config.sc_stoc_len, calls = 6, 32, []
+
+    def failing(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise MemoryError
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("scspec.sc.linear.encode", failing)
+        with pytest.raises(MemoryError):
+            members[0](x)
+    wanted = [layer(config, bias=False, seed=seed)[0](x) for seed in (0, 1)]
+    assert all(torch.equal(member(x), out) for member, out in zip(members, wanted, strict=True))

@@ -54,13 +54,13 @@ class SCLinear(nn.Module):
         return INVARIANT if knobs.batch_invariant else PLAIN
 
     def prepare(self, form: tuple) -> list[Encoded] | None:
-        """Take on `form`; return the weight's codes, one Encoded a chunk, if SharedInput is to pack them."""
+        """Make ready for `form`, which SharedInput sets; return the codes, one Encoded a chunk, if it packs them."""
         if self.weight is None:
             raise ValueError(
                 f"{self.switch}, sc_mode, sc_prec, sc_linear_granularity or sc_linear_chunk_d: changed from "
                 f"{self.form} to {form}, which needs the floating-point weights, and these were dropped"
             )
-        self.form, self._prepared = form, None
+        self.form = self._prepared = None
         if form == INVARIANT and self.knobs.backend not in GPU_BACKENDS:
             self._prepared = invariant.pack_linear(self.weight.detach().float().numpy())
         elif form[0] == "sc":
@@ -164,6 +164,8 @@ class SharedInput:
             self.weight = backend_module(backend).pack(side_by_side, form[4] or first.in_features)
         elif form == INVARIANT and backend in GPU_BACKENDS:
             self.weight = self._joined_floats()
+        for member in self.members:  # last: a failure on the way leaves no form, so the next call prepares again
+            member.form = form
 
     def settle(self, device: torch.device, keep_float_weights: bool) -> None:
         """Move to `device` and, unless they are kept, prepare there and let go of the float weights."""
