@@ -13,6 +13,7 @@ import torch
 from scspec.attention import SC_CAUSAL
 from scspec.decoding.cache import KVCache
 from scspec.invariant.cpu import rms_norm, rotated_heads, silu_mul
+from scspec.jit import compiled
 from scspec.sc import cpu
 from scspec.sc.cpu_attention import attend_rows, write_rows
 from scspec.sc.knobs import stream_spec
@@ -64,7 +65,7 @@ def _arguments(layer, store, spec: StreamSpec) -> tuple:
     return norms, weights, store.arrays, np.float32(attention.scaling)
 
 
-@nb.njit(cache=True, nogil=True)
+@compiled
 def _decoder_layer(hidden, start, norms, weights, store, rotary, tables, factor, scaling):
     """Return hidden float32 (B, T, D) after one layer; row t of sequence b stands at position start[b] + t.
 

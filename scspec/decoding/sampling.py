@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 
 import numpy as np
-from numba import njit
+
+from scspec.jit import compiled
 
 TOKEN = 0
 """Role of a draw of a token: from q, from p, or as a bonus."""
@@ -81,7 +82,7 @@ def margin(logits_row: np.ndarray) -> float:
     return float(logits_row[best]) - float(max(part.max(initial=-np.inf) for part in others))
 
 
-@njit(cache=True)
+@compiled
 def beta(p: np.ndarray, q: np.ndarray) -> float:
     """`1 - TV(p, q)`, the probability that a proposal from `q` is accepted: exactly 1.0 for equal arrays."""
     distance = 0.0
@@ -90,7 +91,7 @@ def beta(p: np.ndarray, q: np.ndarray) -> float:
     return max(1.0 - distance / 2, 0.0)
 
 
-@njit(cache=True)
+@compiled
 def draw(probs: np.ndarray, u: float) -> int:
     """The id at which the cumulative distribution, in id order, exceeds `u` in [0, 1).
 
@@ -182,7 +183,7 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
     return mask
 
 
-@njit(cache=True)
+@compiled
 def _exp(logits_row: np.ndarray, peak: float, temperature: float) -> np.ndarray:
     """exp((logits - peak) / temperature) (V,) float64, one scalar at a time."""
     weights = np.empty(logits_row.size)
@@ -191,7 +192,7 @@ def _exp(logits_row: np.ndarray, peak: float, temperature: float) -> np.ndarray:
     return weights
 
 
-@njit(cache=True)
+@compiled
 def _normalise(weights: np.ndarray) -> None:
     """Divide by the sum, in place."""
     total = 0.0

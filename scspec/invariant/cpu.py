@@ -8,7 +8,8 @@ import math
 import numba as nb
 import numpy as np
 
-_JIT = {"cache": True, "nogil": True}
+from scspec.jit import compiled
+
 #: Columns of a packed float weight that one task owns: their sums for 8 rows stay in the L1 cache (8 KB).
 BLOCK = 256
 _ROW_BLOCK = 8
@@ -22,7 +23,7 @@ _C5, _C6, _C7 = np.float32(1 / 120), np.float32(1 / 720), np.float32(1 / 5040)
 _EXP_LOWEST, _EXP_HIGHEST = np.float32(-87.0), np.float32(88.0)
 
 
-@nb.njit(**_JIT)
+@compiled
 def exp_into(x, out):
     """Write exp(x) of float32 (n,) into out, which may be x; x below -87 gives 0, above 88 exp(88)."""
     bits = np.empty(x.shape[0], np.int32)
@@ -39,7 +40,7 @@ def exp_into(x, out):
         out[i] *= powers[i]
 
 
-@nb.njit(**_JIT)
+@compiled
 def softmax_into(scores, out):
     """Write softmax(scores) of float32 (n,) into out: maximum, exp, sum in ascending order, division."""
     peak = scores[0]
@@ -55,7 +56,7 @@ def softmax_into(scores, out):
         out[i] = out[i] / total
 
 
-@nb.njit(**_JIT)
+@compiled
 def softmax_rows(scores, visible):
     """Return softmax of each row of scores float32 (N, T) over its first visible[n] keys, zero beyond."""
     out = np.zeros_like(scores)
@@ -64,7 +65,7 @@ def softmax_rows(scores, visible):
     return out
 
 
-@nb.njit(**_JIT)
+@compiled
 def silu(x):
     """Return x / (1 + exp(-x)) of float32 (n,)."""
     out = np.empty_like(x)
@@ -76,7 +77,7 @@ def silu(x):
     return out
 
 
-@nb.njit(parallel=True, **_JIT)
+@compiled(parallel=True)
 def silu_mul(gate_up):
     """Return silu(gate) * up float32 (N, M) of gate_up float32 (N, 2 * M), gate's columns before up's."""
     rows, columns = gate_up.shape[0], gate_up.shape[1] // 2
@@ -89,7 +90,7 @@ def silu_mul(gate_up):
     return out
 
 
-@nb.njit(parallel=True, **_JIT)
+@compiled(parallel=True)
 def rms_norm(x, weight, eps):
     """Return RMSNorm of x float32 (N, D) (Zhang & Sennrich 2019): the squares' sum in float64, ascending."""
     out = np.empty_like(x)
@@ -114,7 +115,7 @@ def pack_linear(weight):
     return _pack_blocks(bits if (bits & 0xFFFF).any() else (bits >> 16).astype(np.uint16))
 
 
-@nb.njit(parallel=True, **_JIT)
+@compiled(parallel=True)
 def _pack_blocks(bits):
     columns, depth = bits.shape
     blocks = -(-columns // BLOCK)
@@ -126,7 +127,7 @@ def _pack_blocks(bits):
     return out
 
 
-@nb.njit(parallel=True, **_JIT)
+@compiled(parallel=True)
 def linear(x, packed, columns):
     """Return x @ weight.T of x float32 (N, D), weight as `pack_linear` packs it: sums over d in ascending order."""
     rows = x.shape[0]
@@ -153,7 +154,7 @@ def linear(x, packed, columns):
     return out
 
 
-@nb.njit(**_JIT)
+@compiled
 def rotary_table(inv_freq, scaling, first, last):
     """Return (cos, sin) float32 (last - first, 2 * len(inv_freq)) for positions first..last-1.
 
@@ -170,7 +171,7 @@ def rotary_table(inv_freq, scaling, first, last):
     return cos, sin
 
 
-@nb.njit(**_JIT)
+@compiled
 def rotated_heads(qkv, start, kv_heads, cos, sin):
     """Return (query, key, value) float32 (B, heads, T, head_dim) of qkv float32 (B * T, all heads' dimensions).
 
@@ -196,7 +197,7 @@ def rotated_heads(qkv, start, kv_heads, cos, sin):
     return parts
 
 
-@nb.njit(parallel=True, **_JIT)
+@compiled(parallel=True)
 def attention(query, keys, values, start, scaling):
     """Return causal attention float32 (B, T, H, head_dim): every sum in ascending order of dimension or position.
 

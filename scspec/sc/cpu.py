@@ -16,6 +16,7 @@ import numba as nb
 import numpy as np
 import torch
 
+from scspec.jit import compiled
 from scspec.sc.cpu_prefetch import prefetch
 from scspec.sc.encoding import SCALE_FLOOR, Encoded
 from scspec.sc.streams import StreamSpec, count_table, ones_table
@@ -24,7 +25,6 @@ NAME = "cpu"
 ROWS = 4
 RUN = 8
 _WIDTH = 256  # columns that one task rescales: its sums stay in the L1 cache
-_JIT = {"cache": True, "nogil": True}
 _SIGN_BIT = 128  # of a bipolar code byte; magnitudes lie below
 #: An empty packed sum: 2**15 in each field (as int64).
 EMPTY = np.array(0x8000_8000_8000_8000, np.uint64).astype(np.int64)[()]
@@ -101,7 +101,7 @@ def _signed_ones(codes: np.ndarray, table: np.ndarray, width: int) -> np.ndarray
     return np.ascontiguousarray(out.reshape(-1, ROWS, width).transpose(0, 2, 1))
 
 
-@nb.njit(**_JIT)
+@compiled
 def clip_code(value, max_code):
     """Return rint(value) clipped to -max_code..max_code; NaN gives max_code, so that no index leaves its table."""
     code = np.rint(value)
@@ -109,7 +109,7 @@ def clip_code(value, max_code):
     return code if code > -max_code else -max_code
 
 
-@nb.njit(**_JIT)
+@compiled
 def quantise(x, scale, max_code, table, out):
     """Write the signed ones of x (float32 (D,)) into out int16 (D,); `scale` is the scope's. IEEE float32."""
     codes = np.empty(x.shape[0], np.int16)
@@ -122,7 +122,7 @@ def quantise(x, scale, max_code, table, out):
             out[d] = -ones if codes[d] < 0 else ones
 
 
-@nb.njit(**_JIT)
+@compiled
 def magnitude_peak(x):
     """Return max |x|, NaN if any is NaN: magnitudes order like their bits, and a NaN's lie above infinity's."""
     bits = x.view(np.int32)
@@ -135,14 +135,14 @@ def magnitude_peak(x):
     return found.view(np.float32)[0]
 
 
-@nb.njit(**_JIT)
+@compiled
 def row_scale(x, max_code):
     """Return max(|x|max, floor) / q of a row, float32. A NaN in x gives NaN, which the output then shows."""
     peak = magnitude_peak(x)
     return (np.float32(SCALE_FLOOR) if peak < np.float32(SCALE_FLOOR) else peak) / max_code
 
 
-@nb.njit(parallel=True, **_JIT)
+@compiled(parallel=True)
 def linear_rows(x, words, scale_b, chunk_d, ones_of, counts_of, factor):
     """Return float32 (N, M): encode, count, rescale. One compiled call: a dispatch costs as much as a short row."""
     chunk_words = -(-chunk_d // 8)
@@ -160,7 +160,7 @@ def linear_rows(x, words, scale_b, chunk_d, ones_of, counts_of, factor):
     return out
 
 
-@nb.njit(parallel=True, **_JIT)
+@compiled(parallel=True)
 def encode_rows(x, table, chunk_d, words):
     """Return (signed ones int16 (groups, words * 8, ROWS), scales float32 (N, chunks)) of x float32 (N, D)."""
     rows, depth = x.shape
@@ -177,7 +177,7 @@ def encode_rows(x, table, chunk_d, words):
     return ones, scale
 
 
-@nb.njit(**_JIT)
+@compiled
 def build_tables(ones, used, first_dim, counts_of, tables):
     """Fill tables int64 (8, 256) with the packed signed counts of 8 dimensions, ones int16 (8, ROWS).
 
@@ -204,13 +204,13 @@ def build_tables(ones, used, first_dim, counts_of, tables):
                 tables[i, _SIGN_BIT + j] = -value
 
 
-@nb.njit(**_JIT)
+@compiled
 def _field(ones, r):
     """Return 1 in field r of a packed sum, with the sign of `ones`."""
     return np.int64(1 if ones >= 0 else -1) << (16 * r)
 
 
-@nb.njit(**_JIT)
+@compiled
 def look_up(tables, words, ahead, out):
     """Add to out int64 (M,) the eight look-ups of each word of words uint64 (M,); `ahead` are the words read next."""
     byte = np.uint64(255)
@@ -230,7 +230,7 @@ def look_up(tables, words, ahead, out):
             prefetch(ahead, m)
 
 
-@nb.njit(parallel=True, **_JIT)
+@compiled(parallel=True)
 def run_sums(ones, rows, words, counts_of, chunk_words):
     """Return the packed sums of every run, int64 (groups, runs, M); a run is at most RUN words of one chunk.
 
@@ -256,14 +256,14 @@ def run_sums(ones, rows, words, counts_of, chunk_words):
     return out
 
 
-@nb.njit(**_JIT)
+@compiled
 def add_field(packed, r, out):
     """Add field r of packed int64 (M,), sums that started as EMPTY, to out int32 (M,)."""
     for m in range(packed.shape[0]):
         out[m] += np.int32((packed[m] >> (16 * r)) & 0xFFFF) - np.int32(0x8000)
 
 
-@nb.njit(**_JIT)
+@compiled
 def _rescale(sums, r, scale_a, scale_b, first, last, chunk_runs, out):
     """Write columns first..last-1 of a row, float32 (M,): sum over chunks, in order, of (s_a s_b) * count sum.
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from scspec.invariant.cpu import softmax_into
+from scspec.jit import compiled
 from scspec.sc.cpu import (
-    _JIT,
     EMPTY,
     ROWS,
     RUN,
@@ -92,14 +92,14 @@ def attend(
     return torch.from_numpy(attend_rows(query, start, *store.arrays, *tables, factor, scaling))
 
 
-@nb.njit(**_JIT)
+@compiled
 def _code_byte(x, scale, max_code):
     code = clip_code(x / scale, max_code)
     magnitude = np.uint64(abs(code))
     return magnitude | np.uint64(128) if code < 0 else magnitude
 
 
-@nb.njit(**_JIT)
+@compiled
 def write_rows(key, value, start, k_words, v_words, k_scale, v_scale, max_code):
     """Encode new keys and values (per position, per KV head) into the store's words; start: int64 (B,)."""
     batch, heads, count, head_dim = key.shape
@@ -120,7 +120,7 @@ def write_rows(key, value, start, k_words, v_words, k_scale, v_scale, max_code):
                     v_words[b, h, j // 8, c] = kept | (_code_byte(value[b, h, t, c], scale, max_code) << shift)
 
 
-@nb.njit(parallel=True, **_JIT)
+@compiled(parallel=True)
 def attend_rows(query, start, k_words, v_words, k_scale, v_scale, ones_of, counts_of, factor, scaling):
     """Return attention (B, T, H, head_dim); one task per (sequence, KV head, group of ROWS query rows)."""
     batch, heads, count, head_dim = query.shape
@@ -150,7 +150,7 @@ def attend_rows(query, start, k_words, v_words, k_scale, v_scale, ones_of, count
     return out
 
 
-@nb.njit(**_JIT)
+@compiled
 def _score(rows, first, last, words, k_scale, ones_of, counts_of, factor, scaling, scores):
     """Write scaled query-key products of rows first..last-1 of rows (shared, T, head_dim) into scores (ROWS, keys)."""
     shared, _, head_dim = rows.shape
@@ -168,7 +168,7 @@ def _score(rows, first, last, words, k_scale, ones_of, counts_of, factor, scalin
             scores[r, j] = ((q_scale[r] * k_scale[j]) * np.float32(sums[r, j])) * factor * scaling
 
 
-@nb.njit(**_JIT)
+@compiled
 def _encode_probabilities(scores, v_scale, ones_of, ones):
     """Turn scores (visible,) into probabilities folded with V's scales, write their ones; return the row's scale."""
     softmax_into(scores, scores)
@@ -181,7 +181,7 @@ def _encode_probabilities(scores, v_scale, ones_of, ones):
     return scale
 
 
-@nb.njit(**_JIT)
+@compiled
 def _block_sums(ones, words, columns, counts_of):
     """Return the count sums int32 (ROWS, columns) of ones int16 (8 * blocks, ROWS) with words (blocks, columns ...)."""
     sums = np.zeros((ROWS, columns), np.int32)

@@ -1,0 +1,52 @@
+"""`compiled`: numba's compiler with a cache on disk that never answers with machine code of other sources.
+
+numba keeps a function's machine code for as long as the file that defines it stays the same. But the code of the
+functions it calls, and constants of other files, are part of that machine code: after an edit there it would be stale,
+and a process that starts beside the one that renews it could read an old file under a new index. So each state of the
+package's sources has a folder of its own.
+"""
+
+import functools
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def compiled(function: Callable | None = None, *, parallel: bool = False) -> Callable:
+    """Return `function` compiled on its first call, without the GIL; a decorator, with or without arguments.
+
+    A compiled function that is not parallel itself but calls a parallel one, and comes from the cache, does not start
+    numba's threads: its caller does, by `numba.get_num_threads()`.
+    """
+    if function is None:
+        return functools.partial(compiled, parallel=parallel)
+    folder = _cache_folder()
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = folder  # numba reads it when it decorates
+    try:
+        return numba.njit(function, cache=bool(folder), nogil=True, parallel=parallel)
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+@functools.cache
+def _cache_folder() -> str:
+    """Return the folder of the machine code of these sources, in $NUMBA_CACHE_DIR if set, else beside this file.
+
+    Empty where it cannot be written: then nothing is cached, because numba's own choice of a folder forgets the hash.
+    """
+    sources = hashlib.sha256()
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        sources.update(f"{path.relative_to(_PACKAGE)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    folder = Path(numba.config.CACHE_DIR or _PACKAGE / "__pycache__") / f"kernels-{sources.hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return ""
+    return str(folder)
