@@ -13,7 +13,7 @@ from scspec.invariant import cpu as invariant
 from scspec.sc.attention import sc_attention
 from scspec.sc.cpu_attention import EncodedKV, attend
 from scspec.sc.knobs import stream_spec
-from scspec.sc.matmul import GPU_BACKENDS
+from scspec.sc.matmul import GPU_BACKENDS, backend_module
 
 SC_CAUSAL, FLOAT_INVARIANT, GENERIC = "SC, causal", "float, batch invariant", "generic"
 
@@ -115,7 +115,8 @@ def attend_rows(query, store, start: torch.Tensor, scaling: float, knobs) -> tor
         return _gpu_floats().attention(query, store.keys, store.values, start, scaling)
     from scspec.sc.device import device_tables
 
-    return _gpu_sc().attend(query, store, start, scaling, device_tables(stream_spec(knobs), query.device))
+    tables = device_tables(stream_spec(knobs), query.device)
+    return backend_module(knobs.backend).attend(query, store, start, scaling, tables)
 
 
 def _gpu_sc():

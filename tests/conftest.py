@@ -54,6 +54,7 @@ def wide_steps(monkeypatch):
     if DEVICE.type == "cpu":
         monkeypatch.setattr(triton, "_DIMS", 128)
         monkeypatch.setattr(triton, "_AHEAD", 1)
+        monkeypatch.setattr(triton, "_FINISHED", 128)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""SC attention in Triton: the store, scores and P @ V exactly; whole rows against the CPU; which bits stay equal."""
+"""SC attention on the GPU: the store, scores and P @ V exactly; whole rows against the CPU; which bits stay equal."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from scspec.sc.device import device_tables
 from scspec.sc.encoding import encode, encode_causal
 from scspec.sc.matmul import finish, scaled_sums
 from scspec.sc.streams import resolve_streams
-from scspec.sc.triton_attention import DeviceKV, attend, rotate_and_write, write
+from scspec.sc.triton_attention import DeviceKV, active_positions, attend, rotate_and_write, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPEC = resolve_streams("bipolar", 8, 96, 128)
@@ -18,6 +18,16 @@ SHORT = resolve_streams("bipolar", 4, 5, sc_seed=2)  # streams repeat every 16 p
 LOWEST = resolve_streams("bipolar", 2, 3)
 FIELDS = ("k_words", "v_words", "k_scale", "v_scale")
 PEAK, HIDDEN = -150.0, -350.0  # exp of their difference is exactly 0; exp(-PEAK) overflows
+
+
+@pytest.fixture(params=["triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request):
+    """What counts: a module with `scores`, `mix` and `attend`."""
+    if request.param == "triton":
+        return triton_attention
+    from scspec.sc import cuda  # where a launch without a GPU would fail, too
+
+    return cuda
 
 
 def drawn(batch, kv_heads, shared, positions, head_dim, seed=0):
@@ -64,8 +74,8 @@ def same_store(one, other):
     return all(torch.equal(getattr(one, x).nan_to_num(-1.0), getattr(other, x).nan_to_num(-1.0)) for x in FIELDS)
 
 
-def attended(query, store, start, spec=SPEC):
-    return attend(query, store, start, query.shape[3] ** -0.5, device_tables(spec, DEVICE))
+def attended(query, store, start, spec=SPEC, backend=triton_attention):
+    return backend.attend(query, store, start, query.shape[3] ** -0.5, device_tables(spec, DEVICE))
 
 
 def wanted_scores(query, key, spec, scaling):
@@ -123,14 +133,14 @@ def test_rotate_and_write_is_rotary_then_write(head_dim, dtype):
     ("head_dim", "spec", "positions"),
     [(6, SPEC, 9), (12, SHORT, 70), (20, LOWEST, 5), (64, FULL, 66), (96, SPEC, 64), (128, SPEC, 65), (270, SHORT, 3)],
 )
-def test_scores_are_exact(head_dim, spec, positions, shared):
+def test_scores_are_exact(head_dim, spec, positions, shared, backend):
     """Counts, and the order of the four factors. Saturated keys and queries among them."""
     query, key, value = drawn(1, 2, shared, positions, head_dim)
     query, key[:, 1] = query[:, -2:], key[:, 1].sign()
     query[0, 1, 0] = key[0, 1, 0]
     store = filled(key, value, positions + 1, spec)
     tables, scaling = device_tables(spec, DEVICE), 0.3
-    scores = triton_attention._scores(query, store, starts(positions - 2), scaling, tables)
+    scores = backend.scores(query.contiguous(), store, starts(positions - 2), scaling, tables)
     scores = scores.view(2, 2 * shared, positions + 1).transpose(0, 1).cpu()
     wanted = wanted_scores(query, key, spec, scaling)[0]
     for t, visible in enumerate((positions - 1, positions)):
@@ -142,7 +152,7 @@ def test_scores_are_exact(head_dim, spec, positions, shared):
     ("head_dim", "spec", "positions", "density"),
     [(6, SPEC, 1, 1.0), (12, SHORT, 90, 0.3), (64, FULL, 70, 1.0), (20, SPEC, 600, 0.1), (128, SPEC, 130, 0.7)],
 )
-def test_mixed_values_are_exact(head_dim, spec, positions, density, small_blocks, monkeypatch):
+def test_mixed_values_are_exact(head_dim, spec, positions, density, small_blocks, monkeypatch, backend):
     """Probabilities 1 / n and 0, which every softmax gets exactly; what is checked is codes, skipping and counts."""
     if small_blocks:
         monkeypatch.setattr(triton_attention, "BLOCK", 16)
@@ -154,7 +164,9 @@ def test_mixed_values_are_exact(head_dim, spec, positions, density, small_blocks
     store = filled(key, value, positions + 3, spec)
     scores = torch.full((2, positions + 3), float("nan"), device=DEVICE)
     scores[:, :positions] = torch.where(chosen, PEAK, HIDDEN)
-    out = triton_attention._mix(scores, query[:, -1:], store, starts(positions - 1), device_tables(spec, DEVICE))
+    last, tables = query[:, -1:].contiguous(), device_tables(spec, DEVICE)
+    active = active_positions(scores, last, store, starts(positions - 1), tables)
+    out = backend.mix(scores, active, last, store, tables)
     pair = encode_causal(probs, value[0, :, 0].T.cpu(), spec)
     wanted = finish(scaled_sums(*pair, spec, "reference"), spec)
     assert torch.equal(out.view(2, head_dim).cpu(), wanted)
@@ -172,12 +184,12 @@ def unambiguous(query, key, value, spec, first):
 
 
 @pytest.mark.parametrize(("spec", "head_dim"), [(SPEC, 64), (FULL, 12), (SHORT, 20)])
-def test_rows_have_the_counts_of_the_cpu(spec, head_dim):
+def test_rows_have_the_counts_of_the_cpu(spec, head_dim, backend):
     """Where no code of P is ambiguous: a count (at most 70 * 256) off by one is 5e-5 relative, exp's error 1e-6."""
     query, key, value = drawn(2, 2, 2, 70, head_dim)
     rows = torch.tensor([0, 1, 2, 31, 63, 64, 68, 69])
     store = filled(key, value, 70, spec)
-    out = torch.cat([attended(query[:, [t]], store, starts(t, t), spec) for t in rows.tolist()], dim=1)
+    out = torch.cat([attended(query[:, [t]], store, starts(t, t), spec, backend) for t in rows.tolist()], dim=1)
     arrays = [x.transpose(1, 2).cpu() for x in (query, key, value)]
     held = cpu_attention.EncodedKV.empty(2, 2, head_dim, 70, spec.max_code)
     wanted = cpu_attention.attend(*arrays, held, 0, head_dim**-0.5, spec)[:, rows]
@@ -187,7 +199,7 @@ def test_rows_have_the_counts_of_the_cpu(spec, head_dim):
 
 
 @pytest.mark.parametrize("steps", [[1] * 7, [4, 3], [6, 1]])
-def test_partitions_batch_and_capacity_change_no_bit(steps, monkeypatch):
+def test_partitions_batch_and_capacity_change_no_bit(steps, monkeypatch, backend):
     """Ragged sequences of 3 and 12 earlier tokens, decoded together and alone, in stores of three sizes."""
     monkeypatch.setattr(triton_attention, "BLOCK", 16)
     monkeypatch.setattr(triton_attention, "KEYS", 16)
@@ -208,7 +220,7 @@ def test_partitions_batch_and_capacity_change_no_bit(steps, monkeypatch):
         for count in steps:
             part = slice(done, done + count)
             write(new_key[batch, part], new_value[batch, part], store, start)
-            out.append(attended(new_query[batch, part], store, start))
+            out.append(attended(new_query[batch, part], store, start, backend=backend))
             start, done = start + count, done + count
         return torch.cat(out, dim=1)
 
@@ -228,22 +240,48 @@ def test_a_slot_is_a_view():
     assert same_store(together, apart)
 
 
+def test_a_prefill_cut_in_slabs_is_the_same(monkeypatch, backend):
+    query, key, value = drawn(2, 1, 2, 7, 20)
+    store, start = filled(key, value, 9), starts(0, 0)
+    whole = attended(query, store, start, backend=backend)
+    monkeypatch.setattr(triton_attention, "SCRATCH", 2 * 2 * 9 * 3)  # three of the seven rows at a time
+    assert torch.equal(attended(query, store, start, backend=backend), whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "shared", "head_dim"), [(2, 4, 128), (3, 3, 64), (1, 2, 96), (1, 1, 12), (2, 2, 256)]
+)
+@pytest.mark.parametrize("spec", [SPEC, FULL, SHORT], ids=["8 bits", "16-bit counts", "short"])
+def test_both_backends_attend_alike(heads, shared, head_dim, spec, dtype):
+    """Longer than any block: lists that end within a warp's turn, keys beyond one block, ragged sequences."""
+    from scspec.sc import cuda
+
+    query, key, value = (x.to(dtype) for x in drawn(2, heads, shared, 700, head_dim))
+    store = filled(key, value, 701, spec)
+    for steps, first in ((1, (0, 1)), (1, (255, 256)), (5, (695, 90)), (40, (500, 511))):
+        rows = torch.stack([query[b, f : f + steps] for b, f in enumerate(first)])
+        wanted = attended(rows, store, starts(*first), spec)
+        assert torch.equal(attended(rows, store, starts(*first), spec, cuda), wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_float32_rounded_once(dtype):
+def test_half_precision_is_float32_rounded_once(dtype, backend):
     query, key, value = drawn(1, 1, 2, 5, 20)
     query = query[:, -1:].to(dtype)
     store = filled(key, value, 5)
-    out = attended(query, store, starts(4))
+    out = attended(query, store, starts(4), backend=backend)
     assert out.dtype == dtype
-    assert torch.equal(out, attended(query.float(), store, starts(4)).to(dtype))
+    assert torch.equal(out, attended(query.float(), store, starts(4), backend=backend).to(dtype))
 
 
 @pytest.mark.parametrize("value_scale", [0.0, 1e-9, 1e-38, 1e4])
-def test_values_of_extreme_size(value_scale):
+def test_values_of_extreme_size(value_scale, backend):
     """All zero, below the scale floor, below the smallest probability that float32 holds, large."""
     query, key, value = drawn(1, 1, 2, 9, 20)
     query, value = query * 30, value * value_scale  # scores so far apart that some probabilities are 0
-    out = attended(query, filled(key, value, 9), starts(0))
+    out = attended(query, filled(key, value, 9), starts(0), backend=backend)
     held = cpu_attention.EncodedKV.empty(1, 1, 20, 9, SPEC.max_code)
     arrays = [x.transpose(1, 2).cpu() for x in (query, key, value)]
     wanted = cpu_attention.attend(*arrays, held, 0, 20**-0.5, SPEC)
@@ -254,14 +292,14 @@ def test_values_of_extreme_size(value_scale):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("which", ["query", "key", "value"])
-def test_not_a_number_comes_out_again(which):
+def test_not_a_number_comes_out_again(which, backend):
     """Seen from its own position on, in its own head, and nowhere else."""
     query, key, value = drawn(2, 2, 2, 5, 12)
-    good = attended(query, filled(key, value, 5), starts(0, 0)).view(2, 5, 4, 12)
+    good = attended(query, filled(key, value, 5), starts(0, 0), backend=backend).view(2, 5, 4, 12)
     {"query": query, "key": key, "value": value}[which][1, 2, 1, 7] = float("nan")
     store = poisoned(2, 2, 12, 5)
     write(key, value, store, starts(0, 0))
-    out = attended(query, store, starts(0, 0)).view(2, 5, 4, 12)
+    out = attended(query, store, starts(0, 0), backend=backend).view(2, 5, 4, 12)
     touched = torch.zeros_like(out, dtype=torch.bool)
     if which == "query":
         touched[1, 2, 1] = True
@@ -301,5 +339,5 @@ def _decode_steps(dtype, spec, head_dim):
 def test_one_binary_serves_every_shape():
     """Every kernel compiles for sm_90, to one binary for a class of dtype, streams and head."""
     for name, counts in compiled("test_sc_attention_triton").items():
-        kernels = ("_mix_kernel", "_rotate_and_write_kernel", "_score_kernel", "_write_kernel")
+        kernels = ("_list_kernel", "_mix_kernel", "_rotate_and_write_kernel", "_score_kernel", "_write_kernel")
         assert counts == dict.fromkeys(kernels, 1), name

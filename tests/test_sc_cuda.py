@@ -1,5 +1,6 @@
 """Backend `cuda`: what is compiled, for what it asks, and how the work is cut. Its products are in `test_sc_triton`."""
 
+import math
 import re
 import subprocess
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from test_sc_triton import DTYPES, operands, packed, specified
 from scspec.sc import cuda, triton
 from scspec.sc.device import CHUNK, TILE, device_tables
 from scspec.sc.streams import resolve_streams
+from scspec.sc.triton_attention import ActivePositions, DeviceKV
 
 CUOBJDUMP = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ROWS = (1, 2, 3, 4, 5, 8, 9, 64)
@@ -24,10 +26,12 @@ PROCESSORS, REGISTERS, SHARED_BYTES = 132, 65536, 227 * 1024  # of an H100: the 
 @pytest.fixture(scope="module")
 def resources(tmp_path_factory):
     """Return kernel name -> {"REG": ..., "STACK": ...}, as the sm_90 binary says."""
-    path = tmp_path_factory.mktemp("cuda") / "counts.cubin"
-    path.write_bytes(cuda.compiled("sm_90").code)
-    listing = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"Function (\w+):\s*\n(.*)", listing)
+    found = []
+    for source in cuda.SOURCES:
+        path = tmp_path_factory.mktemp("cuda") / "kernels.cubin"
+        path.write_bytes(cuda.compiled(source, "sm_90").code)
+        listing = subprocess.run([CUOBJDUMP, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        found += re.findall(r"Function (\w+):\s*\n(.*)", listing)
     return {name: {key: int(n) for key, n in re.findall(r"([A-Z]+):(\d+)", line)} for name, line in found}
 
 
@@ -37,7 +41,7 @@ def launched(monkeypatch):
     calls = []
     monkeypatch.setattr(cuda, "_kernel", lambda name, index: name)
     monkeypatch.setattr(cuda, "_processors", lambda index: PROCESSORS)
-    monkeypatch.setattr(cuda, "_stream", lambda handle: None)
+    monkeypatch.setattr(cuda, "_stream", lambda index, handle: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(cuda, "launch", lambda stream, config, kernel, *args: calls.append((kernel, config, args)))
     return calls
@@ -51,14 +55,40 @@ def test_it_compiles_every_kernel_it_can_ask_for(resources, launched):
             for rows in ROWS:
                 x = torch.zeros(rows, 130, dtype=dtype, device=DEVICE)
                 cuda.segment_sums(x, weight, device_tables(spec, DEVICE))
+            attend_once(64, spec, dtype)
     assert {name for name, _, _ in launched} == set(resources)
+
+
+def attend_once(head_dim, spec, dtype, capacity=300):
+    """Launch the two kernels of attention for a row of three heads that share one of keys."""
+    store = DeviceKV.empty(1, 1, head_dim, capacity, spec.max_code, DEVICE)
+    query, tables = torch.zeros(1, 1, 3, head_dim, dtype=dtype, device=DEVICE), device_tables(spec, DEVICE)
+    found = cuda.scores(query, store, torch.zeros(1, dtype=torch.int32, device=DEVICE), 0.1, tables)
+    active = ActivePositions(torch.zeros(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, device=DEVICE))
+    cuda.mix(found, active, query, store, tables)
 
 
 def test_no_kernel_spills(resources):
     for name, used in resources.items():
+        threads = cuda._THREADS if name.startswith("counts") else cuda._HEAD_THREADS
         assert (used["STACK"], used["LOCAL"]) == (0, 0), name
-        assert used["REG"] * cuda._THREADS <= REGISTERS, name
+        assert used["REG"] * threads <= REGISTERS, name
         assert used["SHARED"] + cuda._TABLE_BYTES <= SHARED_BYTES, name
+
+
+@pytest.mark.parametrize("stoc_len", [128, 256])
+@pytest.mark.parametrize("head_dim", [2, 12, 64, 128, 130, 256])
+def test_attention_asks_for_what_its_kernels_index(launched, head_dim, stoc_len):
+    """A block for every 256 positions and for every 128 channels; room for a line of counts for every dimension."""
+    spec = resolve_streams("bipolar", 8, stoc_len)
+    attend_once(head_dim, spec, torch.float16)
+    (_, score, _), (_, mix, arguments) = launched
+    words = -(-head_dim // 4)
+    assert score.grid[:2] == (3, 2)
+    assert score.shmem_size == words * 4 * 128 * (2 if stoc_len > 255 else 1) + words * 4 * 4 + words * 4
+    assert score.shmem_size <= cuda._TABLE_BYTES
+    assert mix.grid[:2] == (3, -(-head_dim // 128))
+    assert arguments[-2] == min(32, 2 ** math.ceil(math.log2(words)))
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -1,6 +1,7 @@
-"""Backend `cuda`: the counts of a linear layer in CUDA C++ (`cuda_counts.cu`), compiled at run time for the device.
+"""Backend `cuda`: what is counted, in CUDA C++ compiled at run time for the device; the rest is backend `triton`'s.
 
-For packed weights only (bipolar, per row, chunks of 128); everything else of a model runs on `triton`.
+`cuda_counts.cu`: a linear layer with packed weights (bipolar, per row, chunks of 128). `cuda_attention.cu`: attention
+in scope `causal`.
 """
 
 from functools import cache, lru_cache, partial
@@ -11,15 +12,18 @@ import torch
 from cuda.bindings import driver
 from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 
-from scspec.sc import triton
+from scspec.sc import triton, triton_attention
 from scspec.sc.device import TILE, DeviceTables, PackedWeight, SegmentSums
 from scspec.sc.triton import counts, pack
+from scspec.sc.triton_attention import ActivePositions, DeviceKV
 
-__all__ = ["compiled", "counts", "linear", "pack", "segment_sums"]
+__all__ = ["attend", "compiled", "counts", "linear", "mix", "pack", "scores", "segment_sums"]
 NAME = "cuda"
-SOURCE = Path(__file__).with_name("cuda_counts.cu")
+SOURCES = ("cuda_counts.cu", "cuda_attention.cu")
+_FOLDER = Path(__file__).parent
 _THREADS, _TABLE_BYTES = 512, 128 * 1024
 _WARPS = _THREADS // 32
+_HEAD_THREADS = 256  # of the attention's kernels
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -32,17 +36,51 @@ def segment_sums(x: torch.Tensor, weight: PackedWeight, tables: DeviceTables) ->
     scale = torch.empty((rows, weight.chunks), dtype=torch.float32, device=x.device)
     units = -(-rows // packed_rows) * sums.shape[0] * (weight.m_pad // TILE)
     span = _span(units, _processors(device))
-    long = "_long" if tables.counts.dtype == torch.int16 else ""
     pointers = x, weight.codes, tables.ones, tables.counts, sums, scale
     sizes = rows, weight.depth, weight.chunks, weight.m_pad, spec.max_code, spec.stoc_len + 1, span
-    config = LaunchConfig(grid=-(-units // span), block=_THREADS, shmem_size=_TABLE_BYTES)
-    stream = _stream(torch.cuda.current_stream(x.device).cuda_stream)
-    kernel = _kernel(f"counts_{packed_rows}{long}_{_DTYPES[x.dtype]}", device)
-    launch(stream, config, kernel, *(tensor.data_ptr() for tensor in pointers), *map(np.int32, sizes))
+    name = f"counts_{packed_rows}{_class(tables, x.dtype)}"
+    _launch(name, (-(-units // span),), _THREADS, _TABLE_BYTES, x.device, *pointers, *sizes)
     return SegmentSums(sums, scale, per_chunk)
 
 
 linear = partial(triton.linear, counted=segment_sums)
+
+
+def scores(query: torch.Tensor, store: DeviceKV, start, scaling: float, tables: DeviceTables) -> torch.Tensor:
+    """Return what `triton_attention.scores` does."""
+    spec, heads, head_dim = tables.spec, query.shape[2], query.shape[3]
+    found = torch.empty(query.shape[:3].numel(), store.capacity, device=query.device)
+    line_bytes = tables.width * tables.counts.element_size()
+    shared_bytes = store.words * (4 * (line_bytes + 4) + 4)  # a head's lines, their numbers, the signs of a word
+    grid = found.shape[0], -(-store.capacity // _HEAD_THREADS)
+    pointers = query, store.k_words, store.k_scale, start, tables.ones, tables.counts, found
+    sizes = query.shape[1], store.capacity, store.words, heads, heads // store.k_words.shape[1], head_dim
+    floats = float(spec.max_code), spec.max_code**2 / spec.stoc_len, scaling
+    name = f"score{_class(tables, query.dtype)}"
+    _launch(name, grid, _HEAD_THREADS, shared_bytes, query.device, *pointers, *sizes, spec.stoc_len + 1, *floats)
+    return found
+
+
+def mix(found: torch.Tensor, active: ActivePositions, query, store: DeviceKV, tables: DeviceTables) -> torch.Tensor:
+    """Return what `triton_attention.mix` does."""
+    spec, heads, head_dim = tables.spec, query.shape[2], query.shape[3]
+    out = torch.empty_like(query).flatten(2)
+    grid = found.shape[0], -(-store.words // 32)
+    width = min(32, 1 << (store.words - 1).bit_length())
+    pointers = found, active.count, active.scale, store.v_words, tables.counts, out
+    sizes = query.shape[1], store.capacity, store.words, heads, heads // store.k_words.shape[1], head_dim
+    factor = spec.max_code**2 / spec.stoc_len
+    name = f"mix{_class(tables, query.dtype)}"
+    _launch(name, grid, _HEAD_THREADS, 0, query.device, *pointers, *sizes, spec.stoc_len + 1, width, factor)
+    return out
+
+
+attend = partial(triton_attention.attend, scored=scores, mixed=mix)
+
+
+def _class(tables: DeviceTables, dtype: torch.dtype) -> str:
+    """Return the end of a kernel's name: how wide counts are, and the dtype of floats."""
+    return ("_long_" if tables.counts.dtype == torch.int16 else "_") + _DTYPES[dtype]
 
 
 def _packed_rows(rows: int, stoc_len: int) -> int:
@@ -63,25 +101,42 @@ def _processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
+def _launch(name: str, grid: tuple, threads: int, shared_bytes: int, device: torch.device, *arguments) -> None:
+    """Launch a kernel on torch's stream of `device`. Tensors go as pointers, ints as int32, floats as float32."""
+    config = LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
+    stream = _stream(device.index, torch.cuda.current_stream(device).cuda_stream)
+    launch(stream, config, _kernel(name, device.index), *map(_argument, arguments))
+
+
+def _argument(value: torch.Tensor | float) -> int | np.generic:
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return np.int32(value) if isinstance(value, int) else np.float32(value)
+
+
 @cache
-def compiled(arch: str) -> ObjectCode:
-    """Return the kernels as machine code of `arch`, such as "sm_90". Needs no GPU."""
-    return Program(SOURCE.read_text(), "c++", ProgramOptions(arch=arch, std="c++17")).compile("cubin")
+def compiled(source: str, arch: str) -> ObjectCode:
+    """Return the kernels of one of SOURCES as machine code of `arch`, such as "sm_90". Needs no GPU."""
+    options = ProgramOptions(arch=arch, std="c++17", include_path=str(_FOLDER))
+    return Program((_FOLDER / source).read_text(), "c++", options).compile("cubin")
 
 
 @cache
 def _kernel(name: str, index: int) -> Kernel:
-    device = Device(index)
-    device.set_current()
-    kernel = compiled(f"sm_{device.arch}").get_kernel(name)
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (error,) = driver.cuKernelSetAttribute(attribute, _TABLE_BYTES, kernel.handle, index)
+    with torch.cuda.device(index):
+        device = Device(index)
+        device.set_current()
+        source = "cuda_counts.cu" if name.startswith("counts") else "cuda_attention.cu"
+        kernel = compiled(source, f"sm_{device.arch}").get_kernel(name)
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (error,) = driver.cuKernelSetAttribute(attribute, _TABLE_BYTES, kernel.handle, index)
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"backend 'cuda': {name} needs {_TABLE_BYTES} bytes of shared memory a block: {error.name}")
     return kernel
 
 
 @lru_cache(maxsize=64)
-def _stream(handle: int) -> Stream:
-    """Return one of torch's streams as cuda-core asks for it."""
-    return Stream.from_handle(handle)
+def _stream(index: int, handle: int) -> Stream:
+    """Return one of torch's streams on device `index` as cuda-core asks for it."""
+    with torch.cuda.device(index):
+        return Stream.from_handle(handle)

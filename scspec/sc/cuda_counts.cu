@@ -13,8 +13,7 @@
 // counts: (256, stoc_len + 1, 128). sums: int16 (segments, rows, m_pad); a segment is a run of 64 dimensions where 8 rows
 // are packed, else a chunk of 128. scale_a: float (rows, chunks).
 
-typedef unsigned char u8;
-typedef unsigned int u32;
+#include "cuda_common.cuh"
 
 constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
@@ -37,27 +36,6 @@ template <int WORDS> struct Words { u32 at[WORDS]; };
 template <> struct __align__(8) Words<2> { u32 at[2]; };
 template <> struct __align__(16) Words<4> { u32 at[4]; };
 
-// The 16-bit types without their headers, which a machine that only runs kernels may lack.
-struct Float16 { unsigned short bits; };
-struct BFloat16 { unsigned short bits; };
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(BFloat16 x) { return __int_as_float(int(x.bits) << 16); }
-__device__ __forceinline__ float to_float(Float16 x) {
-  float out;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(out) : "h"(x.bits));
-  return out;
-}
-
-template <int SELECTOR> __device__ __forceinline__ u32 pick(u32 word) {
-  u32 out;
-  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(out) : "r"(word), "n"(SELECTOR));
-  return out;
-}
-template <int J> __device__ __forceinline__ u32 unsigned_byte(u32 word) { return pick<0x4440 + J>(word); }
-template <int J> __device__ __forceinline__ u32 signed_byte(u32 word) {  // bit 3 of a selector repeats the sign
-  return pick<(8 + J) * 0x1110 + J>(word);
-}
-
 __device__ __forceinline__ void load_once(const u8* at, Words<1>& out) {
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(out.at[0]) : "l"(at));
 }
@@ -72,24 +50,19 @@ __device__ void encode(const T* x, const short* ones_of, short (&ones)[2 * WORDS
   if (warp >= 2 * WORDS) return;
   int row = first_row + warp;
   float v[4];
-  int peak_bits = 0;  // magnitudes order like their bits, and a NaN's lie above infinity's
+  int peak = 0;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
     int d = chunk * CHUNK + i * 32 + lane;
     v[i] = row < rows && d < depth ? to_float(x[size_t(row) * depth + d]) : 0.0f;
-    peak_bits = max(peak_bits, __float_as_int(v[i]) & 0x7fffffff);
+    peak = max(peak, magnitude_bits(v[i]));
   }
-  peak_bits = __reduce_max_sync(0xffffffffu, peak_bits);
-  float peak = __int_as_float(peak_bits);
-  float scale = __fdiv_rn(peak < 1e-5f ? 1e-5f : peak, max_code);
+  float scale = row_scale(__reduce_max_sync(0xffffffffu, peak), max_code);
   if (write_scale && lane == 0 && row < rows) scale_a[size_t(row) * chunks + chunk] = scale;
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    float code = rintf(__fdiv_rn(v[i], scale));
-    code = code < max_code ? code : max_code;
-    code = code > -max_code ? code : -max_code;
-    int dim = i * 32 + lane, k = ones_of[dim * 128 + int(fabsf(code))];
-    ones[warp][dim] = short(row < rows ? (code < 0.0f ? -k : k) : 0);
+    int dim = i * 32 + lane, code = clipped_code(v[i], scale, max_code), k = ones_of[dim * CODES + abs(code)];
+    ones[warp][dim] = short(row < rows ? (code < 0 ? -k : k) : 0);
   }
 }
 
@@ -147,7 +120,7 @@ __device__ __forceinline__ void look_up(const char* lane_tables, Words<Shape<WOR
   for (int part = 0; part < S::DIMS / 4; part++) {
     u32 word = bytes.at[part];
     u32 codes = S::SIGNED ? word : word & 0x7f7f7f7fu;
-    u32 signs = ((word >> 7) & 0x01010101u) * 0xfeu + 0x01010101u;  // bytes 1 or -1
+    u32 signs = sign_bytes(word);
     const char* base = lane_tables + part * 4 * S::ENTRIES * LINE;
     add_byte<WORDS, 0>(base, codes, signs, sum);
     add_byte<WORDS, 1>(base, codes, signs, sum);

@@ -14,11 +14,16 @@ from scspec.invariant import triton as invariant
 from scspec.sc.device import CHUNK, RUN, SLAB, DeviceTables, PackedWeight, SegmentSums, code_bytes, device_tables
 from scspec.sc.encoding import SCALE_FLOOR, Encoded
 from scspec.sc.streams import StreamSpec
+from scspec.sc.triton_attention import attend
 
+__all__ = ["attend", "counts", "linear", "pack", "rescale", "segment_sums"]
 NAME = "triton"
 #: What `rescale` does with the products. ADD: adds them to another tensor. SILU_MUL: silu(first half) * second half.
 STORE, ADD, SILU_MUL = 0, 1, 2
-_FINISHED, _AHEAD = 128, 16  # outputs that a program rescales, and how many of its chunks it loads before adding
+_FINISHED, _AHEAD = (
+    32,
+    16,
+)  # outputs that a program (a warp) rescales, and how many of its chunks it loads before adding
 _EXACT = {"enable_fp_fusion": False}  # a * b + c stays two roundings
 _ROWS, _OUTPUTS, _DIMS = 4, 128, 16  # rows, outputs and dimensions of one step
 

@@ -10,6 +10,7 @@ A row's floats come from one binary with blocks anchored at position 0; sums ove
 free. So neither neighbours nor the capacity nor the batch changes a bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,8 @@ from scspec.sc.encoding import SCALE_FLOOR
 KEYS = 64  # keys that one program scores
 BLOCK = 512  # positions of one step of the softmax: it fixes the order of the sum
 POSITIONS = 64  # positions of one step of P @ V
-_WRITE_WARPS, _SCORE_WARPS, _MIX_WARPS = 1, 8, 8
+SCRATCH = 2**25  # scores kept at a time, float32; a prefill with more is cut
+_WRITE_WARPS, _SCORE_WARPS, _LIST_WARPS, _MIX_WARPS = 1, 8, 8, 8
 _EXACT = {"enable_fp_fusion": False}  # a * b + c stays two roundings
 #: What differs between calls must not make another binary, which could add in another order. A slot's part of a store
 #: of odd capacity is not aligned to 16 bytes, nor is its start.
@@ -69,6 +71,16 @@ class DeviceKV:
             max_code,
         )
 
+    @property
+    def capacity(self) -> int:
+        """How many positions there is room for."""
+        return self.k_words.shape[3]
+
+    @property
+    def words(self) -> int:
+        """Words of a head."""
+        return self.k_words.shape[2]
+
     def slot(self, b: int) -> "DeviceKV":
         """Return the store of sequence b alone, sharing memory."""
         parts = (x[b : b + 1] for x in (self.k_words, self.v_words, self.k_scale, self.v_scale))
@@ -90,8 +102,8 @@ def write(key: torch.Tensor, value: torch.Tensor, store: DeviceKV, start: torch.
         store.v_scale,
         start,
         steps,
-        store.k_words.shape[3],
-        store.k_words.shape[2],
+        store.capacity,
+        store.words,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
         MAX_CODE=store.max_code,
@@ -125,8 +137,8 @@ def rotate_and_write(
         store.v_scale,
         start,
         steps,
-        store.k_words.shape[3],
-        store.k_words.shape[2],
+        store.capacity,
+        store.words,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -139,49 +151,108 @@ def rotate_and_write(
 
 
 def attend(
-    query: torch.Tensor, store: DeviceKV, start: torch.Tensor, scaling: float, tables: DeviceTables
+    query: torch.Tensor,
+    store: DeviceKV,
+    start: torch.Tensor,
+    scaling: float,
+    tables: DeviceTables,
+    *,
+    scored: Callable | None = None,
+    mixed: Callable | None = None,
 ) -> torch.Tensor:
     """Return causal SC attention (B, T, H * head_dim) of query (B, T, H, head_dim), in its dtype.
 
     Query row t of sequence b sees positions 0..start[b]+t, all of them written already; start: int32 (B,) on the
-    device. Raises ValueError if the store was encoded with another sc_prec than the tables' streams have.
+    device.  scored, mixed: what counts, None for this backend's `scores` and `mix`.  Raises ValueError if the store
+    was encoded with another sc_prec than the tables' streams have.
     """
     spec = tables.spec
     if store.max_code != spec.max_code:
         raise ValueError(f"sc_prec={spec.sc_prec}: the KV cache was encoded with largest code {store.max_code}")
-    return _mix(_scores(query, store, start, scaling, tables), query, store, start, tables)
+    query, parts = query.contiguous(), []
+    slab = max(1, SCRATCH // (query.shape[0] * query.shape[2] * store.capacity))
+    for first in range(0, query.shape[1], slab):
+        rows = query if slab >= query.shape[1] else query[:, first : first + slab].contiguous()
+        begin = start + first if first else start
+        found = (scored or scores)(rows, store, begin, scaling, tables)
+        parts.append((mixed or mix)(found, active_positions(found, rows, store, begin, tables), rows, store, tables))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _scores(query, store: DeviceKV, start, scaling: float, tables: DeviceTables) -> torch.Tensor:
+def scores(query: torch.Tensor, store: DeviceKV, start, scaling: float, tables: DeviceTables) -> torch.Tensor:
     """Return scaled query-key products float32 (B * T * H, capacity), undefined beyond a row's visible keys."""
-    capacity = store.k_words.shape[3]
-    rows = query.shape[:3].numel()
-    scores = torch.empty(rows, capacity, device=query.device)
-    operands = query.contiguous(), store.k_words, store.k_scale, start, tables.ones, tables.counts, scores
-    sizes, shape = _sizes(query, store, tables)
-    grid = rows, triton.cdiv(capacity, KEYS)
-    _score_kernel[grid](*operands, *sizes, scaling, **shape, KEYS=KEYS, num_warps=_SCORE_WARPS, **_EXACT)
-    return scores
+    found = torch.empty(query.shape[:3].numel(), store.capacity, device=query.device)
+    operands = query, store.k_words, store.k_scale, start, tables.ones, tables.counts, found
+    spec = tables.spec
+    _score_kernel[(found.shape[0], triton.cdiv(store.capacity, KEYS))](
+        *operands,
+        query.shape[1],
+        store.capacity,
+        store.words,
+        spec.max_code**2 / spec.stoc_len,
+        scaling,
+        **_heads(query, store),
+        HEAD_DIM=query.shape[3],
+        WORDS=_padded_words(query.shape[3]),
+        LINES=spec.stoc_len + 1,
+        MAX_CODE=spec.max_code,
+        KEYS=KEYS,
+        num_warps=_SCORE_WARPS,
+        **_EXACT,
+    )
+    return found
 
 
-def _mix(scores, query, store: DeviceKV, start, tables: DeviceTables) -> torch.Tensor:
-    """Return softmax(scores) @ V as `attend` does; scores is scratch afterwards."""
-    out = torch.empty_like(query, memory_format=torch.contiguous_format).flatten(2)
-    operands = scores, store.v_words, store.v_scale, start, tables.ones, tables.counts, out
-    sizes, shape = _sizes(query, store, tables)
-    blocks = {"BLOCK": BLOCK, "POSITIONS": POSITIONS}
-    _mix_kernel[(scores.shape[0],)](*operands, *sizes, **shape, **blocks, num_warps=_MIX_WARPS, **_EXACT)
+@dataclass(frozen=True)
+class ActivePositions:
+    """What P @ V needs of each row's probabilities: how many positions have ones (int32), and the scale of P."""
+
+    count: torch.Tensor
+    scale: torch.Tensor
+
+
+def active_positions(found: torch.Tensor, query, store: DeviceKV, start, tables: DeviceTables) -> ActivePositions:
+    """Encode softmax(scores) folded with V's scales; `found` then holds the list of positions that have ones."""
+    rows = found.shape[0]
+    count = torch.empty(rows, dtype=torch.int32, device=found.device)
+    scale = torch.empty(rows, device=found.device)
+    _list_kernel[(rows,)](
+        *(found, store.v_scale, start, tables.ones, count, scale),
+        query.shape[1],
+        store.capacity,
+        **_heads(query, store),
+        MAX_CODE=tables.spec.max_code,
+        BLOCK=BLOCK,
+        num_warps=_LIST_WARPS,
+        **_EXACT,
+    )
+    return ActivePositions(count, scale)
+
+
+def mix(found: torch.Tensor, active: ActivePositions, query, store: DeviceKV, tables: DeviceTables) -> torch.Tensor:
+    """Return P @ V (B, T, H * head_dim) in query's dtype, from the lists that `active_positions` made."""
+    out = torch.empty_like(query).flatten(2)
+    spec = tables.spec
+    _mix_kernel[(found.shape[0],)](
+        *(found, active.count, active.scale, store.v_words, tables.counts, out),
+        query.shape[1],
+        store.capacity,
+        store.words,
+        spec.max_code**2 / spec.stoc_len,
+        **_heads(query, store),
+        HEAD_DIM=query.shape[3],
+        WORDS=_padded_words(query.shape[3]),
+        LINES=spec.stoc_len + 1,
+        POSITIONS=POSITIONS,
+        num_warps=_MIX_WARPS,
+        **_EXACT,
+    )
     return out
 
 
-def _sizes(query, store: DeviceKV, tables: DeviceTables) -> tuple[tuple, dict]:
-    """Return what both kernels of `attend` take: (run-time arguments, constants)."""
-    _, steps, heads, head_dim = query.shape
-    kv_heads, words, capacity = store.k_words.shape[1:]
-    spec = tables.spec
-    shape = {"HEADS": heads, "SHARED": heads // kv_heads, "HEAD_DIM": head_dim, "WORDS": _padded_words(head_dim)}
-    shape |= {"LINES": spec.stoc_len + 1, "MAX_CODE": spec.max_code}
-    return (steps, capacity, words, spec.max_code**2 / spec.stoc_len), shape
+def _heads(query, store: DeviceKV) -> dict:
+    """Return the constants that say which KV head a row reads."""
+    return {"HEADS": query.shape[2], "SHARED": query.shape[2] // store.k_words.shape[1]}
 
 
 def _padded_words(head_dim: int) -> int:
@@ -441,12 +512,37 @@ def _list_active(scores, v_scale, ones, visible, MAX_CODE: tl.constexpr, BLOCK: 
 
 
 @triton.jit(**_ONE_BINARY)
-def _mix_kernel(
+def _list_kernel(
     scores,
-    v_words,
     v_scale,
     start,
     ones,
+    count,
+    scale,
+    steps,
+    capacity,
+    HEADS: tl.constexpr,
+    SHARED: tl.constexpr,
+    MAX_CODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Softmax of one row of scores, as a list. One program per (sequence, new row, head)."""
+    row = tl.program_id(0)
+    b = row // HEADS // steps
+    visible = tl.load(start + b) + row // HEADS % steps + 1
+    slot = (b * (HEADS // SHARED) + row % HEADS // SHARED).to(tl.int64)
+    scores += row.to(tl.int64) * capacity
+    active, row_scale = _list_active(scores, v_scale + slot * capacity, ones, visible, MAX_CODE, BLOCK)
+    tl.store(count + row, active)
+    tl.store(scale + row, row_scale)
+
+
+@triton.jit(**_ONE_BINARY)
+def _mix_kernel(
+    scores,
+    count,
+    scale,
+    v_words,
     counts,
     out,
     steps,
@@ -458,19 +554,14 @@ def _mix_kernel(
     HEAD_DIM: tl.constexpr,
     WORDS: tl.constexpr,
     LINES: tl.constexpr,
-    MAX_CODE: tl.constexpr,
-    BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):
-    """Softmax of one row of scores, and its product with the values. One program per (sequence, new row, head)."""
+    """The product of one row's list with the values. One program per (sequence, new row, head)."""
     row = tl.program_id(0)
     b = row // HEADS // steps
-    visible = tl.load(start + b) + row // HEADS % steps + 1
     slot = (b * (HEADS // SHARED) + row % HEADS // SHARED).to(tl.int64)
-    scores += row.to(tl.int64) * capacity
-    active, scale = _list_active(scores, v_scale + slot * capacity, ones, visible, MAX_CODE, BLOCK)
-    tl.debug_barrier()
-    entries = scores.to(tl.pointer_type(tl.int32))
+    active, row_scale = tl.load(count + row), tl.load(scale + row)
+    entries = (scores + row.to(tl.int64) * capacity).to(tl.pointer_type(tl.int32))
     w = tl.arange(0, WORDS)
     at = tl.arange(0, POSITIONS)
     v_words += slot * capacity * words
@@ -487,10 +578,10 @@ def _mix_kernel(
         sums2 += _signed_counts(counts, line, (word >> 16) & 255)
         sums3 += _signed_counts(counts, line, (word >> 24) & 255)
     out += row.to(tl.int64) * HEAD_DIM + 4 * w
-    _store_channels(out, sums0, 0, scale, factor, HEAD_DIM, WORDS)
-    _store_channels(out, sums1, 1, scale, factor, HEAD_DIM, WORDS)
-    _store_channels(out, sums2, 2, scale, factor, HEAD_DIM, WORDS)
-    _store_channels(out, sums3, 3, scale, factor, HEAD_DIM, WORDS)
+    _store_channels(out, sums0, 0, row_scale, factor, HEAD_DIM, WORDS)
+    _store_channels(out, sums1, 1, row_scale, factor, HEAD_DIM, WORDS)
+    _store_channels(out, sums2, 2, row_scale, factor, HEAD_DIM, WORDS)
+    _store_channels(out, sums3, 3, row_scale, factor, HEAD_DIM, WORDS)
 
 
 @triton.jit
