@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     run_cell.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
     run_cell.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     run_cell.add_argument("--prompts-per-batch", type=int, default=1, help="prompts decoded side by side (default 1)")
+    run_cell.add_argument("--gpus", type=int, default=1, help="GPUs that the models are spread over (default 1)")
     run_cell.set_defaults(command=_run_cell)
 
     fetch = commands.add_parser("fetch", help="fetch a model's files, check and convert them")
@@ -63,7 +64,7 @@ def _run_cell(arguments: argparse.Namespace) -> None:
     from scspec.cells import Cell
     from scspec.run import run_cell
 
-    counts = {"threads": arguments.threads, "prompts_per_batch": arguments.prompts_per_batch}
+    counts = {name: getattr(arguments, name) for name in ("threads", "prompts_per_batch", "gpus")}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {value} is not allowed; allowed: at least 1")

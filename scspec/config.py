@@ -93,6 +93,7 @@ class Experiment:
     backend: str
     threads_per_cell: int
     prompts_per_batch: int
+    gpus: int
     demonstration: bool
     settings: dict[str, Any] = field(hash=False)
 
@@ -108,7 +109,10 @@ def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
     _check_schema(settings)
     _check_finite(settings)
     _check_across(settings)
-    plain = ("prompt_file", "prompt_limit", "max_new_tokens", "device", "dtype", "backend", "prompts_per_batch")
+    plain = (
+        *("prompt_file", "prompt_limit", "max_new_tokens", "device", "dtype", "backend"),
+        *("threads_per_cell", "prompts_per_batch", "gpus", "demonstration"),
+    )
     axes = ("stoc_len", "sc_prec", "gamma", "sc_seed", "sampling_seed")
     return Experiment(
         pairs=tuple(
@@ -116,8 +120,6 @@ def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
         ),
         sampling=Sampling(**settings["sampling"]),
         controls=_controls(settings),
-        threads_per_cell=settings["threads_per_cell"],
-        demonstration=settings["demonstration"],
         settings=settings,
         **{key: settings[key] for key in plain},
         **{axis: tuple(settings[axis]) for axis in axes},
@@ -241,6 +243,8 @@ def _check_across(settings: Mapping[str, Any]) -> None:
     if settings["backend"] not in BACKENDS[device]:
         allowed = ", ".join(BACKENDS[device])
         raise ValueError(f"backend: {settings['backend']!r} is not allowed with device: {device!r}; allowed: {allowed}")
+    if settings["gpus"] > 1 and device != "cuda":
+        raise ValueError(f"gpus: {settings['gpus']} is not allowed with device: {device!r}; allowed: 1")
     for name, pair in settings["pairs"].items():
         dtype = pair["dtype"] or settings["dtype"]
         if pair["enabled"] and dtype not in DTYPES[device]:

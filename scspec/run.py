@@ -24,23 +24,23 @@ from scspec.results import write_cell
 from scspec.sc.knobs import PRESETS, resolve_knobs
 
 
-def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: int = 1) -> None:
+def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: int = 1, gpus: int = 1) -> None:
     """Decode the cell's prompts and write its Parquet file (docs/architecture.md, "Seam 3") to `output`.
 
     Everything cheap is checked before a model is loaded: ValueError names what is wrong. `prompts_per_batch` prompts
-    are decoded side by side; neither that nor `threads` changes a result, wall times apart. Progress goes to stderr.
-    Sets the process's thread counts.
+    are decoded side by side, and each model's layers lie on the first `gpus` GPUs; neither these nor `threads` change a
+    result, wall times apart. Progress goes to stderr. Sets the process's thread counts.
     """
     started_at, began_s = datetime.now(UTC), time.perf_counter()
     prompts = _checked_prompts(cell)
-    _check_cell(cell)
+    _check_cell(cell, gpus)
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     tokenizer = load_tokenizer(cell.target.model)
     limit = min(context_limit(side.model) for side in (cell.target, cell.draft))
     for prompt in prompts:  # a later turn's length is known when the turns before it are decoded
         _check_length(cell, prompt, 0, len(encode_turn(tokenizer, [], prompt.turns[0])), limit)
-    run = _Run(cell, prompts, tokenizer, _load(cell, cell.target), _load(cell, cell.draft), prompts_per_batch)
+    run = _Run(cell, prompts, tokenizer, *_load(cell, gpus), prompts_per_batch)
     provenance_of_run = run.metadata()  # before the expensive part: what cannot be said must not lose results
     rows = run.rows()
     metadata = {
@@ -61,8 +61,11 @@ def _checked_prompts(cell: Cell) -> list[Prompt]:
     return load_prompts(cell.prompt_file)[: cell.prompt_limit]
 
 
-def _check_cell(cell: Cell) -> None:
+def _check_cell(cell: Cell, gpus: int) -> None:
     check_placement(cell.device, getattr(torch, cell.dtype), cell.backend)
+    here = torch.cuda.device_count() if cell.device == "cuda" else 1
+    if not 1 <= gpus <= here:
+        raise ValueError(f"gpus={gpus}: allowed are 1..{here} with device {cell.device!r} here")
     for side in (cell.target, cell.draft):
         resolve_knobs(_overrides(side))
     check_vocabularies(cell.target.model, cell.draft.model)
@@ -82,9 +85,14 @@ def _overrides(side: Side) -> dict:
     return PRESETS["float"] if side.sc is None else side.sc
 
 
-def _load(cell: Cell, side: Side):
-    where = {"device": cell.device, "dtype": getattr(torch, cell.dtype), "backend": cell.backend}
-    return load_model(side.model, sc_overrides=_overrides(side), skip_layers=side.skip_layers, **where)
+def _load(cell: Cell, gpus: int) -> list:
+    """Return target and draft, each spread over as many GPUs."""
+    device = cell.device if gpus == 1 else [f"cuda:{index}" for index in range(gpus)]
+    where = {"device": device, "dtype": getattr(torch, cell.dtype), "backend": cell.backend}
+    return [
+        load_model(side.model, sc_overrides=_overrides(side), skip_layers=side.skip_layers, **where)
+        for side in (cell.target, cell.draft)
+    ]
 
 
 class _Run:

@@ -334,6 +334,8 @@ def test_greedy_cells_do_not_depend_on_the_settings_of_sampling() -> None:
 
 def test_what_changes_no_result_is_not_part_of_a_cell() -> None:
     assert cells_of(threads_per_cell=2, prompts_per_batch=4) == cells_of(threads_per_cell=1, prompts_per_batch=1)
+    on_gpu = {"device": "cuda", "backend": "cuda"}
+    assert cells_of(**on_gpu, gpus=2) == cells_of(**on_gpu)
 
 
 def test_the_plan_names_every_cell_and_what_cannot_exist() -> None:

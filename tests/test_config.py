@@ -197,6 +197,8 @@ def test_whole_floats_become_integers() -> None:
             changed("dtype", "float16"),
             "pairs.tiny: dtype 'float16' is not allowed with device: 'cpu'; allowed: float32",
         ),
+        (changed("gpus", 0), "gpus: 0 is not allowed; allowed: a whole number of GPUs"),
+        (changed("gpus", 2), "gpus: 2 is not allowed with device: 'cpu'; allowed: 1"),
         (
             changed("pairs.tiny.draft.sc", {"sc_mode": "unipolar"}),
             "pairs.tiny.draft.sc: sc_granularity='causal': with sc_mode='unipolar' allowed are 'per_row', 'per_tensor'",

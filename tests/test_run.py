@@ -142,6 +142,38 @@ def test_what_cannot_run_is_named_before_loading(cells, tmp_path, monkeypatch, c
         run.run_cell(dataclasses.replace(cells["sc_sc"], **changed), tmp_path / "cell.parquet")
 
 
+def on_gpus(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(run, "check_placement", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(1, "cuda"), (3, ["cuda:0", "cuda:1", "cuda:2"])])
+def test_both_models_are_spread_over_the_gpus_asked_for(cells, tmp_path, monkeypatch, gpus, device):
+    class LoadedError(Exception):
+        pass
+
+    def load(model, *, device, **_):
+        loaded.append(device)
+        if len(loaded) == 2:
+            raise LoadedError
+
+    loaded = []
+    on_gpus(monkeypatch, 3)
+    monkeypatch.setattr(run, "load_model", load)
+    with pytest.raises(LoadedError):
+        run.run_cell(dataclasses.replace(cells["sc_sc"], device="cuda"), tmp_path / "cell.parquet", gpus=gpus)
+    assert loaded == [device, device]
+
+
+@pytest.mark.parametrize(("device", "gpus", "here"), [("cuda", 3, 2), ("cpu", 2, 1)])
+def test_more_gpus_than_there_are_is_named_before_loading(cells, tmp_path, monkeypatch, device, gpus, here):
+    on_gpus(monkeypatch, 2)
+    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    cell = dataclasses.replace(cells["sc_sc"], device=device)
+    with pytest.raises(ValueError, match=rf"^gpus={gpus}: allowed are 1\.\.{here} with device '{device}' here$"):
+        run.run_cell(cell, tmp_path / "cell.parquet", gpus=gpus)
+
+
 def test_a_prompt_too_long_for_the_model_is_named_before_loading(cells, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     cell = dataclasses.replace(cells["sc_sc"], max_new_tokens=600)

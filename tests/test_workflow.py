@@ -28,11 +28,20 @@ STUBS = {
     "__init__.py": f"__path__.append({str(REPOSITORY / 'scspec')!r})\n{NOTE}",
     "run.py": """
 import os
+import time
+from pathlib import Path
 from scspec import note
 
-def run_cell(cell, output, *, threads, prompts_per_batch):
+def run_cell(cell, output, *, threads, prompts_per_batch, gpus):
     note(cell.id)
-    assert (threads, prompts_per_batch) == (1, 2)
+    assert (threads, prompts_per_batch, gpus) == (1, 2, int(os.environ.get("STUB_GPUS", 1)))
+    if cell.device == "cuda":
+        neighbours = list(Path().glob("*.running"))
+        mine = Path(f"{os.getpid()}.running")
+        mine.touch()
+        time.sleep(1)
+        mine.unlink()
+        note("together" if neighbours else "alone")
     if cell.id == os.environ.get("STUB_FAILS"):
         raise RuntimeError("the stub was told to fail")
     output.write_text(cell.to_json())
@@ -191,6 +200,17 @@ def test_invalid_combinations_are_listed_once_and_not_run(built: Workflow) -> No
     assert set(calls) == {"tiny/identity/L10_d10_p8_g2_s0_n0", "tiny/sc_sc/L10_d5_p8_g2_s0_n0", "report"}
     assert output.count("draft stoc_len 7.5 is not a whole number") == 1
     assert json.loads((built.folder / "results" / "plan.json").read_text())["invalid"][0]["draft_stoc_len"] == 7.5
+
+
+def test_a_machines_gpus_hold_one_cell_at_a_time(built: Workflow) -> None:
+    built.configure(device="cuda", backend="cuda", gpus=2)
+    calls, output = built.run(STUB_GPUS="2")
+    assert (calls["alone"], calls["together"]) == (4, 0)  # --cores 2 alone would let two of them run
+    assert "gpus=2" in output
+    built.configure(device="cuda", backend="cuda")
+    assert built.run()[0] == Counter(["report"])  # it shows the settings
+    calls, _ = built.run("--forceall", "--resources", "gpus=2")
+    assert calls["together"]
 
 
 def test_a_failed_cell_stops_no_other_and_its_log_is_named(built: Workflow) -> None:
