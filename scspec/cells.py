@@ -252,7 +252,7 @@ def _cell(
     """Return the cell of two resolved sides. Greedy cells do not see the settings of sampling."""
     point = target.sc or draft.sc or {"sc_prec": None, "sc_seed": None}
     return Cell(
-        id=f"{pair.name}/{arm}/{_stem(target.sc, draft.sc, gamma, sampling_seed)}",
+        id=f"{pair.name}/{arm}/{_stem(target.sc, draft.sc, gamma, sampling_seed)}{_platform(experiment, pair)}",
         pair=pair.name,
         arm=arm,
         stoc_len=target.sc["sc_stoc_len"] if target.sc else None,
@@ -279,3 +279,11 @@ def _stem(target: dict[str, Any] | None, draft: dict[str, Any] | None, gamma: in
     point = target or draft or nothing
     lengths = f"L{(target or nothing)['sc_stoc_len']}_d{(draft or nothing)['sc_stoc_len']}"
     return f"{lengths}_p{point['sc_prec']}_g{gamma}_s{sampling_seed}_n{point['sc_seed']}"
+
+
+def _platform(experiment: Experiment, pair: Pair) -> str:
+    """Return the end of an id, for example `_cuda-float16` (backend and dtype): nothing for float32 on the CPU.
+
+    So the cells of another device, backend or dtype lie beside each other. The backend tells the device.
+    """
+    return "" if experiment.device == "cpu" else f"_{experiment.backend}-{pair.dtype}"

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scspec.cells import RESEED_OFFSET, Cell, Invalid, Side, expand, manifest_names, plan
-from scspec.config import load_experiment, read_config
+from scspec.config import BACKENDS, DTYPES, load_experiment, read_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROMPTS = str(REPOSITORY / "prompts" / "smoke.jsonl")
@@ -87,6 +88,21 @@ def test_one_line_of_json_and_one_path() -> None:
         '"target":{"model":"big","sc":{"sc_prec":8,"sc_seed":0,"sc_stoc_len":128},"skip_layers":[]}}'
     )
     assert cell.path("out") == Path("out/cells/tiny/sc_sc/L128_d96_p8_g4_s0_n0.parquet")
+
+
+def test_cells_of_another_device_backend_or_dtype_lie_beside_each_other() -> None:
+    ids = [
+        name
+        for device in BACKENDS
+        for backend, dtype in product(BACKENDS[device], DTYPES[device])
+        for name in cells_of(device=device, backend=backend, dtype=dtype)
+    ]
+    assert len(ids) == len(set(ids)) == 7
+    assert ids[:2] == ["tiny/sc_sc/L128_d128_p8_g4_s0_n0", "tiny/sc_sc/L128_d128_p8_g4_s0_n0_cuda-float32"]
+    assert all(FILE_SYSTEM_SAFE.fullmatch(name) for name in ids)
+    pairs = {"tiny": {**pair_of()["tiny"], "dtype": "bfloat16"}}
+    (name,) = cells_of(device="cuda", backend="triton", dtype="float16", pairs=pairs)
+    assert name == "tiny/sc_sc/L128_d128_p8_g4_s0_n0_triton-bfloat16"  # the pair's own dtype
 
 
 @pytest.mark.parametrize(
