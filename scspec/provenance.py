@@ -3,7 +3,7 @@
 import hashlib
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = (
@@ -11,6 +11,8 @@ PACKAGES = (
     "torch",
     "triton",
     "cuda-core",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",  # it compiles backend cuda
     "transformers",
     "numpy",
     "numba",
@@ -21,9 +23,16 @@ PACKAGES = (
 )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of every package that can change a result."""
-    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+def versions() -> dict[str, str | None]:
+    """Return the versions of Python and of every package that can change a result; None for one that is not here."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def commit() -> tuple[str | None, bool | None]:

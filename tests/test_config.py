@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
-from scspec.config import SCHEMA_PATH, Sampling, load_experiment, read_config
+from scspec.config import BACKENDS, DTYPES, SCHEMA_PATH, Sampling, load_experiment, read_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MINIMAL = {
@@ -231,6 +231,27 @@ def test_a_file_that_is_missing_or_no_yaml_is_refused_in_one_line(tmp_path: Path
     (tmp_path / "bad.yaml").write_text("a: [1,\nb: 2")
     with pytest.raises(ValueError, match=r"^.*bad.yaml: not YAML: .*$"):
         read_config(tmp_path / "bad.yaml")
+
+
+def test_devices_backends_and_dtypes_are_those_of_the_models() -> None:
+    """The configuration keeps a list of its own because it imports no torch."""
+    import torch
+
+    from scspec.patching import GPU_DTYPES, model_backend
+    from scspec.sc import matmul
+
+    refused = "reference"  # it packs no weights of a model
+    with pytest.raises(ValueError, match=refused):
+        model_backend(refused, torch.device("cpu"))
+    assert set(BACKENDS["cuda"]) == set(matmul.GPU_BACKENDS)
+    assert set(BACKENDS["cpu"]) == set(matmul.BACKENDS) - set(matmul.GPU_BACKENDS) - {refused}
+    assert {device: backends[0] for device, backends in BACKENDS.items()} == matmul.DEFAULT_BACKEND
+    assert [getattr(torch, name) for name in DTYPES["cuda"]] == list(GPU_DTYPES)
+    properties = yaml.safe_load(SCHEMA_PATH.read_text())["properties"]
+    assert properties["device"]["enum"] == list(BACKENDS)
+    assert set(properties["backend"]["enum"]) == {name for names in BACKENDS.values() for name in names}
+    of_pair = properties["pairs"]["additionalProperties"]["properties"]["dtype"]["enum"]
+    assert properties["dtype"]["enum"] == of_pair[:-1] == list(DTYPES["cuda"])
 
 
 def test_the_schema_knows_the_knobs_of_the_models() -> None:
