@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,6 +257,39 @@ def test_times_are_shares_of_the_batch(monkeypatch):
     assert times[1][0] == (2, 2)
     for slots in (2, 4):
         assert times[slots] == [(draft / slots, verify / slots) for draft, verify in times[1]]
+
+
+class Queued(torch.Tensor):
+    """What a device has yet to compute: a host that reads it waits until the device is idle."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist):
+            DEVICE.now_s = max(DEVICE.now_s, DEVICE.idle_s)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class QueuedLM(FakeLM):
+    """Its forwards return at once, and the device is busy with them for a second a token."""
+
+    def __call__(self, input_ids, **arguments):
+        DEVICE.idle_s = max(DEVICE.now_s, DEVICE.idle_s) + input_ids.shape[1]
+        return SimpleNamespace(logits=super().__call__(input_ids, **arguments).logits.as_subclass(Queued))
+
+
+DEVICE = SimpleNamespace(now_s=0.0, idle_s=0.0)
+
+
+@pytest.mark.parametrize("sampled", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_prefill_is_in_no_blocks_times(monkeypatch, sampled):
+    """Two turns and a text that needs more room: whatever came before it, a block takes as long as its own passes."""
+    monkeypatch.setattr(speculative.time, "perf_counter", lambda: DEVICE.now_s)
+    scorers = [CachedScorer(QueuedLM(seed=1, noise=noise), 16) for noise in (0.0, 0.5)]
+    arguments = {"gamma": 2, "sampling": sampled, "eos_token_ids": frozenset()}
+    conversations = [(turn for turn in turns) for turns in (TURNS[:1], TURNS[2:4])]
+    blocks = [block for _, _, block in decode_batch(*scorers, conversations, **arguments)]
+    for block in blocks:
+        assert block.draft_time_s + block.verify_time_s == 2 + 3 + (block.accepted == 2)
 
 
 def test_what_does_not_fit_together_is_named():

@@ -60,10 +60,14 @@ class CachedScorer:
         return True
 
     def prefill(self, slot: int, tokens: Sequence[int]) -> None:
-        """Start over in one slot, with exactly `tokens` held (may be empty); the other slots notice nothing."""
+        """Start over in one slot, with exactly `tokens` held (may be empty); the other slots notice nothing.
+
+        Returns when the device has done it.
+        """
         self.cache.rollback(slot, 0)
         if tokens:
-            self._feed(self.cache.slot(slot), _ids(tokens, self.device)[None], 1)
+            logits = self._feed(self.cache.slot(slot), _ids(tokens, self.device)[None], 1)
+            logits[0, 0, 0].item()  # what is timed next must not wait for it; reading waits for every device on the way
 
     def rollback(self, slot: int, length: int) -> None:
         """Keep the first `length` tokens of one slot. Raises ValueError if it holds fewer."""
