@@ -21,8 +21,9 @@ __all__ = ["attend", "compiled", "counts", "linear", "mix", "pack", "scores", "s
 NAME = "cuda"
 SOURCES = ("cuda_counts.cu", "cuda_attention.cu")
 _FOLDER = Path(__file__).parent
-_THREADS, _TABLE_BYTES = 512, 128 * 1024
+_THREADS, _TABLE_BYTES, _STATIC_BYTES = 512, 128 * 1024, 2048  # of the counts' kernels
 _WARPS = _THREADS // 32
+STAGES = (64 * 1024, 32 * 1024)  # room for lines of counts; all of a segment's fit in the first, half in the second
 _HEAD_THREADS = 256  # of the attention's kernels
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -39,7 +40,7 @@ def segment_sums(x: torch.Tensor, weight: PackedWeight, tables: DeviceTables) ->
     pointers = x, weight.codes, tables.ones, tables.counts, sums, scale
     sizes = rows, weight.depth, weight.chunks, weight.m_pad, spec.max_code, spec.stoc_len + 1, span
     name = f"counts_{packed_rows}{_class(tables, x.dtype)}"
-    _launch(name, (-(-units // span),), _THREADS, _TABLE_BYTES, x.device, *pointers, *sizes)
+    _launch(name, (-(-units // span),), _THREADS, _TABLE_BYTES + _stage_bytes(device), x.device, *pointers, *sizes)
     return SegmentSums(sums, scale, per_chunk)
 
 
@@ -115,9 +116,25 @@ def _argument(value: torch.Tensor | float) -> int | np.generic:
 
 
 @cache
-def compiled(source: str, arch: str) -> ObjectCode:
+def _stage_bytes(index: int) -> int:
+    """Return the largest of STAGES that fits a block of device `index` beside the tables."""
+    room = torch.cuda.get_device_properties(index).shared_memory_per_block_optin - _TABLE_BYTES - _STATIC_BYTES
+    fitting = [stage for stage in STAGES if stage <= room]
+    if not fitting:
+        needed = _TABLE_BYTES + _STATIC_BYTES + STAGES[-1]
+        name = torch.cuda.get_device_name(index)
+        raise ValueError(
+            f"backend 'cuda': needs {needed} bytes of shared memory a block; {name} has "
+            f"{room + _TABLE_BYTES + _STATIC_BYTES}. Backend 'triton' runs there"
+        )
+    return fitting[0]
+
+
+@cache
+def compiled(source: str, arch: str, stage_bytes: int = STAGES[0]) -> ObjectCode:
     """Return the kernels of one of SOURCES as machine code of `arch`, such as "sm_90". Needs no GPU."""
-    options = ProgramOptions(arch=arch, std="c++17", include_path=str(_FOLDER))
+    macro = ("STAGE_BYTES", str(stage_bytes))
+    options = ProgramOptions(arch=arch, std="c++17", include_path=str(_FOLDER), define_macro=macro)
     return Program((_FOLDER / source).read_text(), "c++", options).compile("cubin")
 
 
@@ -127,11 +144,12 @@ def _kernel(name: str, index: int) -> Kernel:
         device = Device(index)
         device.set_current()
         source = "cuda_counts.cu" if name.startswith("counts") else "cuda_attention.cu"
-        kernel = compiled(source, f"sm_{device.arch}").get_kernel(name)
+        stage = _stage_bytes(index)
+        kernel = compiled(source, f"sm_{device.arch}", stage).get_kernel(name)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (error,) = driver.cuKernelSetAttribute(attribute, _TABLE_BYTES, kernel.handle, index)
+        (error,) = driver.cuKernelSetAttribute(attribute, _TABLE_BYTES + stage, kernel.handle, index)
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"backend 'cuda': {name} needs {_TABLE_BYTES} bytes of shared memory a block: {error.name}")
+        raise RuntimeError(f"backend 'cuda': {name}: no {_TABLE_BYTES + stage} bytes of shared memory: {error.name}")
     return kernel
 
 

@@ -19,7 +19,7 @@ constexpr int THREADS = 512;
 constexpr int WARPS = THREADS / 32;
 constexpr int CHUNK = 128;
 constexpr int LINE = 128;
-constexpr int TABLE_BYTES = 128 * 1024;
+constexpr int TABLE_BYTES = 128 * 1024;  // after them come STAGE_BYTES, set by the host
 
 template <int WORDS> struct Shape {
   static constexpr int ROWS = 2 * WORDS;
@@ -66,41 +66,57 @@ __device__ void encode(const T* x, const short* ones_of, short (&ones)[2 * WORDS
   }
 }
 
-// Fills the table of a segment; a thread writes 16 entries of one dimension.
-template <int WORDS, class COUNT>
-__device__ void build(char* tables, const short (&ones)[2 * WORDS][CHUNK], const COUNT* counts_of, int stride, int half) {
+__device__ __forceinline__ void copy_16(char* to, const char* from) {  // to shared memory, past the registers
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from));
+}
+
+// Fills the table of a segment. The lines of counts are copied to `stage` first, all at once, as much of each as fits;
+// then a thread turns 16 bytes of the lines of one dimension into entries. Blocks of 16 bytes lie swizzled in a line, so
+// that eight lanes, who read the same block of neighbouring lines, meet in no bank.
+template <int WORDS, class COUNT, class THEN>
+__device__ void build(char* tables, char* stage, const short (&ones)[2 * WORDS][CHUNK], const COUNT* counts_of, int stride,
+                      int half, THEN when_copied) {
   using S = Shape<WORDS>;
-  constexpr int BLOCKS = 8, WIDTH = 16, PARTS = WIDTH * sizeof(COUNT) / 4;
-  for (int item = threadIdx.x; item < S::SEGMENT * BLOCKS; item += THREADS) {
-    int lane = item % S::LANES_D, block = item / S::LANES_D % BLOCKS, i = item / (S::LANES_D * BLOCKS);
-    int dim = half * S::SEGMENT + lane * S::DIMS + i;
-    int sign[S::ROWS];
-    u32 raw[S::ROWS][PARTS];
+  constexpr int LINES = S::SEGMENT * S::ROWS, PART = STAGE_BYTES / LINES < LINE ? STAGE_BYTES / LINES : LINE;
+  constexpr int BLOCKS = PART / 16, BITS = 8 * sizeof(COUNT), PER = 32 / BITS, WIDTH = 4 * PER;
+  auto staged = [&](int line, int block) { return stage + line * PART + (block ^ line / (LINE / PART) % BLOCKS) * 16; };
+  for (int begin = 0; begin < CODES * int(sizeof(COUNT)); begin += PART) {
+    if (begin) __syncthreads();  // the part before has been read
 #pragma unroll
-    for (int r = 0; r < S::ROWS; r++) {
-      int k = ones[r][dim];
-      sign[r] = k < 0 ? -1 : 1;
-      const COUNT* line = counts_of + (size_t(dim) * stride + abs(k)) * 128 + block * WIDTH;
-#pragma unroll
-      for (int part = 0; part < PARTS; part += 4) {
-        uint4 four = __ldg(reinterpret_cast<const uint4*>(line) + part / 4);
-        raw[r][part] = four.x, raw[r][part + 1] = four.y, raw[r][part + 2] = four.z, raw[r][part + 3] = four.w;
-      }
+    for (int item = threadIdx.x; item < LINES * BLOCKS; item += THREADS) {
+      int line = item / BLOCKS, block = item % BLOCKS, row = line / S::SEGMENT, place = line % S::SEGMENT;
+      int dim = half * S::SEGMENT + place % S::LANES_D * S::DIMS + place / S::LANES_D;
+      const COUNT* from = counts_of + (size_t(dim) * stride + abs(ones[row][dim])) * CODES;
+      copy_16(staged(line, block), reinterpret_cast<const char*>(from) + begin + block * 16);
     }
-    char* out = tables + (i * S::ENTRIES + block * WIDTH) * LINE + lane * 4 * WORDS;
+    asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncthreads();
+    if (begin == 0) when_copied();
+    for (int item = threadIdx.x; item < S::SEGMENT * BLOCKS; item += THREADS) {
+      int lane = item % S::LANES_D, block = item / S::LANES_D % BLOCKS, i = item / (S::LANES_D * BLOCKS);
+      int dim = half * S::SEGMENT + lane * S::DIMS + i;
+      int sign[S::ROWS];
+      u32 raw[S::ROWS][4];
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) {
-      constexpr int BITS = 8 * sizeof(COUNT), PER = 4 / sizeof(COUNT);
-      Words<WORDS> entry, negative;
-#pragma unroll
-      for (int w = 0; w < WORDS; w++) {
-        u32 low = (raw[2 * w][e / PER] >> (e % PER * BITS)) & ((1u << BITS) - 1);
-        u32 high = (raw[2 * w + 1][e / PER] >> (e % PER * BITS)) & ((1u << BITS) - 1);
-        entry.at[w] = low * u32(sign[2 * w]) + high * u32(sign[2 * w + 1] * 65536);
-        negative.at[w] = 0u - entry.at[w];
+      for (int r = 0; r < S::ROWS; r++) {
+        sign[r] = ones[r][dim] < 0 ? -1 : 1;
+        uint4 four = *reinterpret_cast<const uint4*>(staged(r * S::SEGMENT + i * S::LANES_D + lane, block));
+        raw[r][0] = four.x, raw[r][1] = four.y, raw[r][2] = four.z, raw[r][3] = four.w;
       }
-      *reinterpret_cast<Words<WORDS>*>(out + e * LINE) = entry;
-      if (S::SIGNED) *reinterpret_cast<Words<WORDS>*>(out + (128 + e) * LINE) = negative;
+      char* out = tables + (i * S::ENTRIES + (begin + block * 16) / int(sizeof(COUNT))) * LINE + lane * 4 * WORDS;
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) {
+        Words<WORDS> entry, negative;
+#pragma unroll
+        for (int w = 0; w < WORDS; w++) {
+          u32 low = (raw[2 * w][e / PER] >> (e % PER * BITS)) & ((1u << BITS) - 1);
+          u32 high = (raw[2 * w + 1][e / PER] >> (e % PER * BITS)) & ((1u << BITS) - 1);
+          entry.at[w] = low * u32(sign[2 * w]) + high * u32(sign[2 * w + 1] * 65536);
+          negative.at[w] = 0u - entry.at[w];
+        }
+        *reinterpret_cast<Words<WORDS>*>(out + e * LINE) = entry;
+        if (S::SIGNED) *reinterpret_cast<Words<WORDS>*>(out + (128 + e) * LINE) = negative;
+      }
     }
   }
 }
@@ -172,11 +188,12 @@ __device__ __forceinline__ void count_spans(const T* __restrict__ x, const u8* _
       for (int u = 0; u < S::U; u++) load_once(codes + (size_t(t) * 32 + u * WORDS) * 64, next[u]);
     };
     int mine = tile + warp;
-    if (mine < last) fetch(mine);  // weights are on their way while the tables are built
     encode<WORDS>(x, ones_of, ones, scale_a, group * S::ROWS, rows, depth, chunk, chunks, float(max_code),
                   tile == 0 && half == 0);
     __syncthreads();
-    build<WORDS>(tables, ones, counts_of, stride, half);
+    build<WORDS>(tables, tables + TABLE_BYTES, ones, counts_of, stride, half, [&] {
+      if (mine < last) fetch(mine);  // not before: 64 KB of weights a block would hold up the short loads above
+    });
     __syncthreads();
     for (; mine < last; mine += WARPS) {
       Bytes now[S::U];
