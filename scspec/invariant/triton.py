@@ -49,18 +49,11 @@ def _check(condition: bool, message: str) -> None:
 
 
 @triton.jit
-def _rms_norm_kernel(
-    x, delta, weight, summed, out, eps, DEPTH: tl.constexpr, HAS_DELTA: tl.constexpr, BLOCK: tl.constexpr
-):
+def _rms_norm_kernel(x, weight, out, eps, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
     d = tl.arange(0, BLOCK)
     inside = d < DEPTH
     at = tl.program_id(0).to(tl.int64) * DEPTH + d
     row = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_DELTA:
-        total = row + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
-        rounded = total.to(summed.dtype.element_ty)
-        tl.store(summed + at, rounded, mask=inside)
-        row = rounded.to(tl.float32)
     mean = tl.div_rn(tl.sum(row * row, axis=0), DEPTH * 1.0)
     factor = tl.div_rn(1.0, tl.sqrt_rn(mean + eps))
     w = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
@@ -69,33 +62,16 @@ def _rms_norm_kernel(
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Return RMSNorm (Zhang & Sennrich 2019) of x (N, D) in its dtype: float32 inside, rounded once. weight: (D,)."""
-    return _rms_norm(x, None, weight, eps)[1]
-
-
-def add_rms_norm(
-    x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (x + delta rounded to the dtype, RMSNorm of that), both (N, D): the bits of the two steps apart."""
-    _check(delta.shape == x.shape and delta.dtype == x.dtype, f"delta {delta.shape} {delta.dtype}: not like x")
-    return _rms_norm(x, delta, weight, eps)
-
-
-def _rms_norm(x, delta, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     rows, depth = x.shape
     _check(weight.shape == (depth,), f"weight {tuple(weight.shape)} does not fit rows of {depth}")
     _check(depth <= _MAX_NORM_WIDTH, f"rows of {depth}: a norm's row has at most {_MAX_NORM_WIDTH} entries")
-    x, weight, out = (
-        _aligned(x.contiguous()),
-        _aligned(weight),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-    )
-    has_delta = delta is not None
-    delta, summed = (_aligned(delta.contiguous()), torch.empty_like(out)) if has_delta else (x, x)
+    x, weight = _aligned(x.contiguous()), _aligned(weight)
+    out = torch.empty_like(x)
     block = triton.next_power_of_2(depth)
-    meta = {"DEPTH": depth, "HAS_DELTA": has_delta, "BLOCK": block, "num_warps": min(16, max(1, block // 256))}
+    meta = {"DEPTH": depth, "BLOCK": block, "num_warps": min(16, max(1, block // 256))}
     if rows:
-        _launch(_rms_norm_kernel, (rows,), x, delta, weight, summed, out, eps, **meta)
-    return summed, out
+        _launch(_rms_norm_kernel, (rows,), x, weight, out, eps, **meta)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------- linear
@@ -334,12 +310,9 @@ def write_kv(
 # ---------------------------------------------------------------------------------------------- rotary
 
 
-@triton.jit(
-    do_not_specialize=["x_b", "x_t", "x_h", "out_b", "out_t", "out_h", "positions"],
-    do_not_specialize_on_alignment=["x", "out", "start"],
-)
+@triton.jit(do_not_specialize=["x_b", "x_t", "x_h", "positions"], do_not_specialize_on_alignment=["x", "start"])
 def _rotary_kernel(
-    x, cos, sin, start, out, x_b, x_t, x_h, out_b, out_t, out_h, positions,
+    x, cos, sin, start, out, x_b, x_t, x_h, positions,
     HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -354,30 +327,27 @@ def _rotary_kernel(
     turned_low = low * tl.load(cos + row, mask=held, other=0.0) - high * tl.load(sin + row, mask=held, other=0.0)
     cos, sin = cos + HALF, sin + HALF
     turned_high = high * tl.load(cos + row, mask=held, other=0.0) + low * tl.load(sin + row, mask=held, other=0.0)
-    to_out = out + b * out_b + t * out_t + head * out_h + d
+    to_out = out + ((b * tl.num_programs(0) + t) * HEADS + head) * (2 * HALF) + d
     tl.store(to_out, turned_low.to(out.dtype.element_ty), mask=inside)
     tl.store(to_out + HALF, turned_high.to(out.dtype.element_ty), mask=inside)
 
 
-def rotary(
-    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
+def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
     """Return x (B, T, heads, head_dim) turned by position start[b] + t (Su et al. 2021; halves as in Hugging Face).
 
-    Float32 inside, rounded once to x's dtype. cos, sin: float32 (positions, head_dim); start: int32 (B,). out: where
-    to write, may be x itself. Positions beyond the table give zeros: the caller keeps count.
+    Float32 inside, rounded once to x's dtype. cos, sin: float32 (positions, head_dim); start: int32 (B,). Positions
+    beyond the table give zeros: the caller keeps count.
     """
     batch, count, heads, head_dim = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _check(head_dim % 2 == 0, f"head_dim {head_dim}: must be even")
     for table in (cos, sin):
         fits = table.shape == (cos.shape[0], head_dim) and table.dtype == torch.float32 and table.is_contiguous()
         _check(fits, f"cos, sin: contiguous float32 (positions, {head_dim})")
     _check_start(start, batch)
-    _check(out.shape == x.shape and out.dtype == x.dtype, "out: of x's shape and dtype")
-    _check(x.stride(3) == out.stride(3) == 1, "x, out: entries of a head must be neighbours")
+    _check(x.stride(3) == 1, "x: entries of a head must be neighbours")
     blocks = {"BLOCK_H": triton.next_power_of_2(heads), "BLOCK_D": triton.next_power_of_2(head_dim // 2)}
-    args = x, cos, sin, start, out, *x.stride()[:3], *out.stride()[:3], cos.shape[0]
+    args = x, cos, sin, start, out, *x.stride()[:3], cos.shape[0]
     if x.numel():
         _launch(_rotary_kernel, (count, batch), *args, HEADS=heads, HALF=head_dim // 2, **blocks)
     return out

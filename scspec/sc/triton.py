@@ -12,9 +12,10 @@ import triton.language as tl
 
 from scspec.invariant import triton as invariant
 from scspec.sc.device import CHUNK, RUN, SLAB, DeviceTables, PackedWeight, SegmentSums, code_bytes, device_tables
-from scspec.sc.encoding import SCALE_FLOOR, Encoded
+from scspec.sc.encoding import Encoded
 from scspec.sc.streams import StreamSpec
 from scspec.sc.triton_attention import attend
+from scspec.sc.triton_encoding import clipped_code, magnitude_bits, row_scale
 
 __all__ = ["attend", "counts", "linear", "pack", "rescale", "segment_sums"]
 NAME = "triton"
@@ -45,7 +46,7 @@ def segment_sums(x: torch.Tensor, weight: PackedWeight, tables: DeviceTables) ->
     rows = x.shape[0]
     ones = torch.empty((rows, weight.chunks * CHUNK), dtype=torch.int16, device=x.device)
     scale = torch.empty((rows, weight.chunks), dtype=torch.float32, device=x.device)
-    arguments = (x, tables.ones, ones, scale, weight.depth, weight.chunks, float(tables.spec.max_code), SCALE_FLOOR)
+    arguments = (x, tables.ones, ones, scale, weight.depth, weight.chunks, float(tables.spec.max_code))
     _encode_kernel[(weight.chunks, rows)](*arguments, CHUNK=CHUNK, num_warps=1, **_EXACT)
     dtype = torch.int16 if CHUNK * tables.spec.stoc_len < 2**15 else torch.int32
     sums = torch.empty((weight.chunks, rows, weight.m_pad), dtype=dtype, device=x.device)
@@ -171,34 +172,17 @@ def _counts_kernel(
 
 
 @triton.jit(do_not_specialize=["depth", "chunks"])
-def _encode_kernel(x_ptr, table_ptr, ones_ptr, scale_ptr, depth, chunks, max_code, floor, CHUNK: tl.constexpr):
+def _encode_kernel(x_ptr, table_ptr, ones_ptr, scale_ptr, depth, chunks, max_code, CHUNK: tl.constexpr):
     """Write the signed ones and the scale of one chunk of one row: `encoding.encode` bit for bit."""
     chunk, row = tl.program_id(0), tl.program_id(1)
     dim = tl.arange(0, CHUNK)
     d = chunk * CHUNK + dim
     x = tl.load(x_ptr + row.to(tl.int64) * depth + d, mask=d < depth, other=0.0).to(tl.float32)
-    scale = row_scale(x, max_code, floor)
+    scale = row_scale(tl.max(magnitude_bits(x), axis=0), max_code)
     code = clipped_code(x, scale, max_code)
-    k = tl.load(table_ptr + dim * 128 + tl.abs(code).to(tl.int32)).to(tl.int32)
+    k = tl.load(table_ptr + dim * 128 + tl.abs(code)).to(tl.int32)
     tl.store(ones_ptr + (row.to(tl.int64) * chunks + chunk) * CHUNK + dim, tl.where(code < 0, -k, k).to(tl.int16))
     tl.store(scale_ptr + row * chunks + chunk, scale)
-
-
-@triton.jit
-def row_scale(x, max_code, floor):
-    """Return max(|x|max, floor) / q of a block, NaN if any is NaN: a NaN's magnitude bits lie above infinity's."""
-    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
-    peak = bits.to(tl.float32, bitcast=True)
-    return tl.div_rn(tl.where(peak < floor, floor, peak), max_code)
-
-
-@triton.jit
-def clipped_code(x, scale, max_code):
-    """Return rint(x / scale), half to even, clipped to -q..q; NaN gives q, so that no index leaves its table."""
-    ratio = tl.div_rn(x, scale)
-    ratio = tl.where(ratio < max_code, ratio, max_code)
-    ratio = tl.where(ratio > -max_code, ratio, -max_code)
-    return (ratio + 12582912.0) - 12582912.0  # 1.5 * 2**23: what is below its last bit is rounded half to even
 
 
 def rescale(

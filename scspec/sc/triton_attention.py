@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from scspec.sc.device import DIMS, DeviceTables
-from scspec.sc.encoding import SCALE_FLOOR
+from scspec.sc.triton_encoding import clipped_code, magnitude_bits, row_scale
 
 KEYS = 64  # keys that one program scores
 BLOCK = 512  # positions of one step of the softmax: it fixes the order of the sum
@@ -37,8 +37,6 @@ _ONE_BINARY = {
 }
 _CODES = tl.constexpr(128)  # codes in a line of the tables
 _DIMS = tl.constexpr(DIMS)
-_FLOOR = tl.constexpr(SCALE_FLOOR)
-_RINT = tl.constexpr(1.5 * 2**23)  # x + _RINT - _RINT rounds |x| < 2**22 half to even
 _ONES_BITS = tl.constexpr(9)  # K <= 256 in the low bits of an entry of the list of active positions
 
 
@@ -260,20 +258,6 @@ def _padded_words(head_dim: int) -> int:
 
 
 @triton.jit
-def _magnitude_bits(x):
-    """Return the bits of |x| as int32: they order like magnitudes, and a NaN's lie above infinity's."""
-    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _signed_code(x, scale, MAX_CODE: tl.constexpr):
-    """Return rint(x / scale) clipped to -q..q, int32; NaN gives q, so that no index leaves its table."""
-    code = tl.div_rn(x, scale) + _RINT - _RINT
-    code = tl.where(code < MAX_CODE, code, MAX_CODE * 1.0)
-    return tl.where(code > -MAX_CODE, code, -MAX_CODE * 1.0).to(tl.int32)
-
-
-@triton.jit
 def _dims(WORDS: tl.constexpr):
     """Return the dimensions of all bytes of a head's words, int32 (WORDS, 4)."""
     return 4 * tl.arange(0, WORDS)[:, None] + tl.arange(0, 4)[None, :]
@@ -301,10 +285,8 @@ def _rotated_head(x, cos, sin, HEAD_DIM: tl.constexpr, WORDS: tl.constexpr):
 @triton.jit
 def _encode(head, MAX_CODE: tl.constexpr):
     """Return (signed codes int32, scale) of head float32 (WORDS, 4). A NaN gives the scale NaN, which then shows."""
-    peak = tl.max(tl.max(_magnitude_bits(head), 1), 0).to(tl.float32, bitcast=True)
-    peak = tl.where(peak < _FLOOR, _FLOOR, peak)
-    scale = tl.div_rn(peak, MAX_CODE * 1.0)
-    return _signed_code(head, scale, MAX_CODE), scale
+    scale = row_scale(tl.max(tl.max(magnitude_bits(head), 1), 0), MAX_CODE * 1.0)
+    return clipped_code(head, scale, MAX_CODE * 1.0), scale
 
 
 @triton.jit
@@ -495,14 +477,15 @@ def _list_active(scores, v_scale, ones, visible, MAX_CODE: tl.constexpr, BLOCK: 
     total = tl.sum(totals, 0)
     bits = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, visible, BLOCK):
-        bits = tl.maximum(bits, _magnitude_bits(_folded(scores, v_scale, first + at, visible, peak, total)))
+        bits = tl.maximum(bits, magnitude_bits(_folded(scores, v_scale, first + at, visible, peak, total)))
     scale = tl.div_rn(tl.max(bits, 0).to(tl.float32, bitcast=True), MAX_CODE * 1.0)
     active = 0
     if scale > 0:  # not so in an all-zero row, nor where something is NaN
         entries = scores.to(tl.pointer_type(tl.int32))
         for first in range(0, visible, BLOCK):
             position = first + at
-            code = _signed_code(_folded(scores, v_scale, position, visible, peak, total), scale, MAX_CODE)
+            folded = _folded(scores, v_scale, position, visible, peak, total)
+            code = clipped_code(folded, scale, MAX_CODE * 1.0)
             k = tl.load(ones + position % _DIMS * _CODES + code).to(tl.int32)
             has_ones = (k > 0).to(tl.int32)
             entry = active + tl.cumsum(has_ones, 0) - 1
