@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from scspec.jit import compiled
 from scspec.models import load_model, local_folder
 from scspec.provenance import device_name, versions
 from scspec.sc import cpu
@@ -31,7 +32,7 @@ from scspec.sc.streams import ones_table
 ROWS, CONTEXT, STOC_LEN = 5, 64, 128
 
 
-@numba.njit(parallel=True, cache=True)
+@compiled(parallel=True)
 def look_up_layer(tables, words, ahead, out):
     """Look up every word of one layer, once for each group of rows in out int64 (groups, runs, M)."""
     runs = out.shape[1]
