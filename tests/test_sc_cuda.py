@@ -3,6 +3,7 @@
 import math
 import re
 import subprocess
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,7 +44,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(cuda, "_processors", lambda index: PROCESSORS)
     monkeypatch.setattr(cuda, "_stage_bytes", lambda index: cuda.STAGES[0])
     monkeypatch.setattr(cuda, "_stream", lambda index, handle: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(cuda, "launch", lambda stream, config, kernel, *args: calls.append((kernel, config, args)))
     return calls
 

@@ -29,7 +29,7 @@ _ALIGNMENT = 16
 _EXP_HIGHEST = tl.constexpr(88.0)
 
 
-def _launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
+def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
     """Launch on the device of the first argument; a * b + c keeps both of its roundings."""
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, enable_fp_fusion=False, **meta)
@@ -70,7 +70,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     block = triton.next_power_of_2(depth)
     meta = {"DEPTH": depth, "BLOCK": block, "num_warps": min(16, max(1, block // 256))}
     if rows:
-        _launch(_rms_norm_kernel, (rows,), x, weight, out, eps, **meta)
+        launch(_rms_norm_kernel, (rows,), x, weight, out, eps, **meta)
     return out
 
 
@@ -110,7 +110,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, out_dtype: torch.dtype = torch
     meta |= {"num_warps": LINEAR_WARPS, "num_stages": LINEAR_STAGES}
     grid = triton.cdiv(rows, ROW_TILE.value), triton.cdiv(columns, block_m)  # neighbours share their weights in L2
     if rows:
-        _launch(_linear_kernel, grid, x, weight, out, rows, columns, depth, **meta)
+        launch(_linear_kernel, grid, x, weight, out, rows, columns, depth, **meta)
     return out
 
 
@@ -157,7 +157,7 @@ def _silu(gate, up) -> torch.Tensor:
     grid = rows, triton.cdiv(width, ELEMENTWISE_BLOCK)
     meta = {"HAS_UP": has_up, "BLOCK": ELEMENTWISE_BLOCK}
     if rows:
-        _launch(_silu_kernel, grid, gate, up, out, width, gate.stride(0), up.stride(0), **meta)
+        launch(_silu_kernel, grid, gate, up, out, width, gate.stride(0), up.stride(0), **meta)
     return out
 
 
@@ -194,7 +194,7 @@ def softmax_rows(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
     _check(visible.shape == (rows,), f"visible {tuple(visible.shape)}: one count for each of {rows} rows")
     scores, out = scores.contiguous(), torch.empty(rows, size, device=scores.device)
     if rows:
-        _launch(_softmax_kernel, (rows,), scores, visible.contiguous(), out, size, BLOCK=SOFTMAX_BLOCK)
+        launch(_softmax_kernel, (rows,), scores, visible.contiguous(), out, size, BLOCK=SOFTMAX_BLOCK)
     return out
 
 
@@ -253,7 +253,7 @@ def attention(
     meta = {"HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_S": KEY_BLOCK}
     args = query, _aligned(keys), _aligned(values), start, out, *query.stride()[:3], keys.shape[1], keys.shape[2]
     if out.numel():
-        _launch(_attention_kernel, (heads, count, batch), *args, scaling, **meta)
+        launch(_attention_kernel, (heads, count, batch), *args, scaling, **meta)
     return out
 
 
@@ -304,7 +304,7 @@ def write_kv(
     blocks = {"BLOCK_H": triton.next_power_of_2(kv_heads), "BLOCK_D": triton.next_power_of_2(head_dim)}
     args = key, value, keys, values, start, *key.stride()[:3], *value.stride()[:3], keys.shape[2]
     if key.numel():
-        _launch(_write_kv_kernel, (count, batch), *args, KV_HEADS=kv_heads, HEAD_DIM=head_dim, **blocks)
+        launch(_write_kv_kernel, (count, batch), *args, KV_HEADS=kv_heads, HEAD_DIM=head_dim, **blocks)
 
 
 # ---------------------------------------------------------------------------------------------- rotary
@@ -349,5 +349,5 @@ def rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, start: torch.T
     blocks = {"BLOCK_H": triton.next_power_of_2(heads), "BLOCK_D": triton.next_power_of_2(head_dim // 2)}
     args = x, cos, sin, start, out, *x.stride()[:3], cos.shape[0]
     if x.numel():
-        _launch(_rotary_kernel, (count, batch), *args, HEADS=heads, HALF=head_dim // 2, **blocks)
+        launch(_rotary_kernel, (count, batch), *args, HEADS=heads, HALF=head_dim // 2, **blocks)
     return out

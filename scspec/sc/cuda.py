@@ -105,8 +105,9 @@ def _processors(index: int) -> int:
 def _launch(name: str, grid: tuple, threads: int, shared_bytes: int, device: torch.device, *arguments) -> None:
     """Launch a kernel on torch's stream of `device`. Tensors go as pointers, ints as int32, floats as float32."""
     config = LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
-    stream = _stream(device.index, torch.cuda.current_stream(device).cuda_stream)
-    launch(stream, config, _kernel(name, device.index), *map(_argument, arguments))
+    with torch.cuda.device(device):
+        stream = _stream(device.index, torch.cuda.current_stream().cuda_stream)
+        launch(stream, config, _kernel(name, device.index), *map(_argument, arguments))
 
 
 def _argument(value: torch.Tensor | float) -> int | np.generic:
@@ -140,14 +141,14 @@ def compiled(source: str, arch: str, stage_bytes: int = STAGES[0]) -> ObjectCode
 
 @cache
 def _kernel(name: str, index: int) -> Kernel:
-    with torch.cuda.device(index):
-        device = Device(index)
-        device.set_current()
-        source = "cuda_counts.cu" if name.startswith("counts") else "cuda_attention.cu"
-        stage = _stage_bytes(index)
-        kernel = compiled(source, f"sm_{device.arch}", stage).get_kernel(name)
-        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        (error,) = driver.cuKernelSetAttribute(attribute, _TABLE_BYTES + stage, kernel.handle, index)
+    """Return a kernel of device `index`, which is the current one."""
+    device = Device(index)
+    device.set_current()
+    source = "cuda_counts.cu" if name.startswith("counts") else "cuda_attention.cu"
+    stage = _stage_bytes(index)
+    kernel = compiled(source, f"sm_{device.arch}", stage).get_kernel(name)
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (error,) = driver.cuKernelSetAttribute(attribute, _TABLE_BYTES + stage, kernel.handle, index)
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"backend 'cuda': {name}: no {_TABLE_BYTES + stage} bytes of shared memory: {error.name}")
     return kernel
@@ -155,6 +156,5 @@ def _kernel(name: str, index: int) -> Kernel:
 
 @lru_cache(maxsize=64)
 def _stream(index: int, handle: int) -> Stream:
-    """Return one of torch's streams on device `index` as cuda-core asks for it."""
-    with torch.cuda.device(index):
-        return Stream.from_handle(handle)
+    """Return one of torch's streams on device `index`, which is the current one, as cuda-core asks for it."""
+    return Stream.from_handle(handle)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from scspec.invariant import triton as invariant
+from scspec.invariant.triton import launch
 from scspec.sc.device import CHUNK, RUN, SLAB, DeviceTables, PackedWeight, SegmentSums, code_bytes, device_tables
 from scspec.sc.encoding import Encoded
 from scspec.sc.streams import StreamSpec
@@ -25,7 +26,6 @@ _FINISHED, _AHEAD = (
     32,
     16,
 )  # outputs that a program (a warp) rescales, and how many of its chunks it loads before adding
-_EXACT = {"enable_fp_fusion": False}  # a * b + c stays two roundings
 _ROWS, _OUTPUTS, _DIMS = 4, 128, 16  # rows, outputs and dimensions of one step
 
 
@@ -47,7 +47,7 @@ def segment_sums(x: torch.Tensor, weight: PackedWeight, tables: DeviceTables) ->
     ones = torch.empty((rows, weight.chunks * CHUNK), dtype=torch.int16, device=x.device)
     scale = torch.empty((rows, weight.chunks), dtype=torch.float32, device=x.device)
     arguments = (x, tables.ones, ones, scale, weight.depth, weight.chunks, float(tables.spec.max_code))
-    _encode_kernel[(weight.chunks, rows)](*arguments, CHUNK=CHUNK, num_warps=1, **_EXACT)
+    launch(_encode_kernel, (weight.chunks, rows), *arguments, CHUNK=CHUNK, num_warps=1)
     dtype = torch.int16 if CHUNK * tables.spec.stoc_len < 2**15 else torch.int32
     sums = torch.empty((weight.chunks, rows, weight.m_pad), dtype=dtype, device=x.device)
     _launch_counts(ones, weight.codes, tables, sums, weight.m_pad, CHUNK, weight.m_pad * RUN, RUN)
@@ -101,7 +101,9 @@ def _finished(product: torch.Tensor, bias, finish: int, addend) -> torch.Tensor:
 def _launch_counts(ones, codes, tables, sums, outputs, segment_d, run_stride, m_stride) -> None:
     segments, rows = sums.shape[:2]
     grid = (triton.cdiv(outputs, _OUTPUTS), segments, triton.cdiv(rows, _ROWS))
-    _counts_kernel[grid](
+    launch(
+        _counts_kernel,
+        grid,
         ones,
         codes,
         tables.counts,
@@ -202,7 +204,9 @@ def rescale(
     """
     rows, outputs = out.shape
     factor = spec.max_code**2 / spec.stoc_len
-    _rescale_kernel[(triton.cdiv(outputs, _FINISHED), rows)](
+    launch(
+        _rescale_kernel,
+        (triton.cdiv(outputs, _FINISHED), rows),
         parts.sums,
         parts.scale,
         weight.scale,
@@ -220,7 +224,6 @@ def rescale(
         OUTPUTS=_FINISHED,
         AHEAD=_AHEAD,
         num_warps=_FINISHED // 32,
-        **_EXACT,
     )
     return out
 

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from scspec.invariant.triton import launch
 from scspec.sc.device import DIMS, DeviceTables
 from scspec.sc.triton_encoding import clipped_code, magnitude_bits, row_scale
 
@@ -25,7 +26,6 @@ BLOCK = 512  # positions of one step of the softmax: it fixes the order of the s
 POSITIONS = 64  # positions of one step of P @ V
 SCRATCH = 2**25  # scores kept at a time, float32; a prefill with more is cut
 _WRITE_WARPS, _SCORE_WARPS, _LIST_WARPS, _MIX_WARPS = 1, 8, 8, 8
-_EXACT = {"enable_fp_fusion": False}  # a * b + c stays two roundings
 #: What differs between calls must not make another binary, which could add in another order. A slot's part of a store
 #: of odd capacity is not aligned to 16 bytes, nor is its start.
 _ONE_BINARY = {
@@ -91,7 +91,9 @@ def write(key: torch.Tensor, value: torch.Tensor, store: DeviceKV, start: torch.
     start: int32 (B,) on the device; start[b] + T <= capacity is the caller's promise (a check would be a host sync).
     """
     batch, steps, kv_heads, head_dim = key.shape
-    _write_kernel[(batch * steps, kv_heads)](
+    launch(
+        _write_kernel,
+        (batch * steps, kv_heads),
         key.contiguous(),
         value.contiguous(),
         store.k_words,
@@ -107,7 +109,6 @@ def write(key: torch.Tensor, value: torch.Tensor, store: DeviceKV, start: torch.
         MAX_CODE=store.max_code,
         WORDS=_padded_words(head_dim),
         num_warps=_WRITE_WARPS,
-        **_EXACT,
     )
 
 
@@ -124,7 +125,9 @@ def rotate_and_write(
     kv_heads = store.k_words.shape[1]
     head_dim = width // (heads + 2 * kv_heads)
     query = torch.empty(batch, steps, heads, head_dim, dtype=qkv.dtype, device=qkv.device)
-    _rotate_and_write_kernel[(batch * steps, heads + 2 * kv_heads)](
+    launch(
+        _rotate_and_write_kernel,
+        (batch * steps, heads + 2 * kv_heads),
         qkv.contiguous(),
         query,
         cos,
@@ -143,7 +146,6 @@ def rotate_and_write(
         MAX_CODE=store.max_code,
         WORDS=_padded_words(head_dim),
         num_warps=_WRITE_WARPS,
-        **_EXACT,
     )
     return query
 
@@ -182,7 +184,9 @@ def scores(query: torch.Tensor, store: DeviceKV, start, scaling: float, tables: 
     found = torch.empty(query.shape[:3].numel(), store.capacity, device=query.device)
     operands = query, store.k_words, store.k_scale, start, tables.ones, tables.counts, found
     spec = tables.spec
-    _score_kernel[(found.shape[0], triton.cdiv(store.capacity, KEYS))](
+    launch(
+        _score_kernel,
+        (found.shape[0], triton.cdiv(store.capacity, KEYS)),
         *operands,
         query.shape[1],
         store.capacity,
@@ -196,7 +200,6 @@ def scores(query: torch.Tensor, store: DeviceKV, start, scaling: float, tables: 
         MAX_CODE=spec.max_code,
         KEYS=KEYS,
         num_warps=_SCORE_WARPS,
-        **_EXACT,
     )
     return found
 
@@ -214,7 +217,9 @@ def active_positions(found: torch.Tensor, query, store: DeviceKV, start, tables:
     rows = found.shape[0]
     count = torch.empty(rows, dtype=torch.int32, device=found.device)
     scale = torch.empty(rows, device=found.device)
-    _list_kernel[(rows,)](
+    launch(
+        _list_kernel,
+        (rows,),
         *(found, store.v_scale, start, tables.ones, count, scale),
         query.shape[1],
         store.capacity,
@@ -222,7 +227,6 @@ def active_positions(found: torch.Tensor, query, store: DeviceKV, start, tables:
         MAX_CODE=tables.spec.max_code,
         BLOCK=BLOCK,
         num_warps=_LIST_WARPS,
-        **_EXACT,
     )
     return ActivePositions(count, scale)
 
@@ -231,7 +235,9 @@ def mix(found: torch.Tensor, active: ActivePositions, query, store: DeviceKV, ta
     """Return P @ V (B, T, H * head_dim) in query's dtype, from the lists that `active_positions` made."""
     out = torch.empty_like(query).flatten(2)
     spec = tables.spec
-    _mix_kernel[(found.shape[0],)](
+    launch(
+        _mix_kernel,
+        (found.shape[0],),
         *(found, active.count, active.scale, store.v_words, tables.counts, out),
         query.shape[1],
         store.capacity,
@@ -243,7 +249,6 @@ def mix(found: torch.Tensor, active: ActivePositions, query, store: DeviceKV, ta
         LINES=spec.stoc_len + 1,
         POSITIONS=POSITIONS,
         num_warps=_MIX_WARPS,
-        **_EXACT,
     )
     return out
 
