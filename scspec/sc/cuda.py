@@ -23,7 +23,9 @@ SOURCES = ("cuda_counts.cu", "cuda_attention.cu")
 _FOLDER = Path(__file__).parent
 _THREADS, _TABLE_BYTES, _STATIC_BYTES = 512, 128 * 1024, 2048  # of the counts' kernels
 _WARPS = _THREADS // 32
-STAGES = (64 * 1024, 32 * 1024)  # room for lines of counts; all of a segment's fit in the first, half in the second
+#: Room for lines of counts: all of a segment's fit in the first, half of them in the second. Measured on an H100,
+#: 4096 -> 4096, 5 rows: 17.8 and 19.3 us.
+STAGES = (64 * 1024, 32 * 1024)
 _HEAD_THREADS = 256  # of the attention's kernels
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 

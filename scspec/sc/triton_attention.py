@@ -21,9 +21,10 @@ from scspec.invariant.triton import launch
 from scspec.sc.device import DIMS, DeviceTables
 from scspec.sc.triton_encoding import clipped_code, magnitude_bits, row_scale
 
-KEYS = 64  # keys that one program scores
+#: Keys that one program scores, positions of one step of P @ V. Measured on an H100, one row, 32 heads of 128, 256
+#: positions: 32, 64 and 128 keys 5.7, 5.9 and 8.5 us; 32, 64 and 128 positions within 4 % of each other.
+KEYS, POSITIONS = 64, 64
 BLOCK = 512  # positions of one step of the softmax: it fixes the order of the sum
-POSITIONS = 64  # positions of one step of P @ V
 SCRATCH = 2**25  # scores kept at a time, float32; a prefill with more is cut
 _WRITE_WARPS, _SCORE_WARPS, _LIST_WARPS, _MIX_WARPS = 1, 8, 8, 8
 #: What differs between calls must not make another binary, which could add in another order. A slot's part of a store
