@@ -12,14 +12,16 @@ import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from scspec.patching import GPU_DTYPES, model_backend, patch_model
+from scspec.patching import check_dtype, model_backend, patch_model
 from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
 
@@ -45,6 +47,9 @@ ALIASES = {
     )
 }
 
+#: As the header of a safetensors file names them.
+_STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
 
 def cache_folder() -> Path:
     """Return the folder of converted models: $SCSPEC_CACHE, else scspec/models under the user's cache folder."""
@@ -61,12 +66,22 @@ def fetch_model(name: str) -> dict:
     """
     if name in ALIASES:
         return json.loads((_fetch_alias(name) / "manifest.json").read_text())
-    folder = Path(name) if Path(name).is_dir() else _fetch_from_hub(name)
+    digest = {file.name: sha256_of(file) for file in _weight_files(name, _fetch_folder(name))}
+    return {"name": name, "source": "folder" if Path(name).is_dir() else "Hugging Face", "sha256": digest, "note": ""}
+
+
+def _fetch_folder(name: str) -> Path:
+    """Return the folder of model `name`, fetched if need be."""
+    if name in ALIASES:
+        return _fetch_alias(name)
+    return Path(name) if Path(name).is_dir() else _fetch_from_hub(name)
+
+
+def _weight_files(name: str, folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"model {name!r}: no *.safetensors in it; convert the weights to safetensors first")
-    digest = {file.name: sha256_of(file) for file in files}
-    return {"name": name, "source": "folder" if Path(name).is_dir() else "Hugging Face", "sha256": digest, "note": ""}
+    return files
 
 
 def _fetch_from_hub(name: str) -> Path:
@@ -159,8 +174,9 @@ def load_model(
 
     name: alias, folder or Hugging Face id.  device: "cpu" (float32) or "cuda" (float32, float16, bfloat16); backend of
     every SC matmul: None for the device's default.  sc_overrides: knobs or a preset (`sc.knobs`).  skip_layers: decoder
-    layers left out, counted from 0. On a GPU the weights are packed and dropped layer by layer.
-    Raises ValueError before loading weights where an argument is at fault.
+    layers left out, counted from 0. The files are mapped, not read: each layer's weights come to memory when they are
+    packed, and go again. Raises ValueError, before loading weights where an argument is at fault, else if the files do
+    not hold the model's weights.
     """
     check_placement(device, dtype, backend)
     resolve_knobs(sc_overrides)
@@ -169,9 +185,33 @@ def load_model(
     wrong = [index for index in skip_layers if not 0 <= index < layers]
     if wrong or len(set(skip_layers)) >= layers:
         raise ValueError(f"skip_layers={list(skip_layers)}: {name} has layers 0..{layers - 1}, and one must remain")
-    model = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, attn_implementation="eager")
+    model = _mapped_model(name)
     _skip_layers(model, set(skip_layers))
-    return patch_model(model, sc_overrides, device=device, backend=backend, keep_float_weights=keep_float_weights)
+    where = {"device": device, "dtype": dtype, "backend": backend}
+    return patch_model(model, sc_overrides, **where, keep_float_weights=keep_float_weights)
+
+
+def _mapped_model(name: str) -> PreTrainedModel:
+    """Return the float model in the dtype of its files: then transformers maps them to memory, and reads nothing."""
+    folder = _fetch_folder(name)
+    options = {"attn_implementation": "eager", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    dtype = _stored_dtype(name, folder)
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+    for fault in ("missing", "unexpected", "mismatched"):
+        for key in sorted(map(str, found[f"{fault}_keys"])):
+            raise ValueError(f"model {name!r}: {fault} in its *.safetensors: {key}")
+    return model
+
+
+def _stored_dtype(name: str, folder: Path) -> torch.dtype:
+    """Return the dtype of the weights in the files; of several, one that holds them all exactly."""
+    found = set()
+    for file in _weight_files(name, folder):
+        with safe_open(file, "pt") as tensors:
+            found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
+    if not found <= set(_STORED_DTYPES):
+        raise ValueError(f"model {name!r}: weights in {', '.join(sorted(found))}; allowed: {', '.join(_STORED_DTYPES)}")
+    return reduce(torch.promote_types, (_STORED_DTYPES[dtype] for dtype in found))
 
 
 def check_placement(device: str, dtype: torch.dtype, backend: str | None) -> None:
@@ -181,10 +221,7 @@ def check_placement(device: str, dtype: torch.dtype, backend: str | None) -> Non
         raise ValueError(f"device={device!r}: allowed are 'cpu' and 'cuda'")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}: torch {torch.__version__} finds no CUDA device here")
-    allowed = GPU_DTYPES if kind == "cuda" else (torch.float32,)
-    if dtype not in allowed:
-        raise ValueError(f"dtype={dtype}: on {kind!r} allowed are {', '.join(map(str, allowed))}")
-    model_backend(backend, torch.device(device))
+    check_dtype(dtype, model_backend(backend, torch.device(device)))
 
 
 def _skip_layers(model: PreTrainedModel, skipped: set[int]) -> None:

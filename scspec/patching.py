@@ -37,32 +37,38 @@ def patch_model(
     overrides: dict | str | None = None,
     *,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
     keep_float_weights: bool = False,
 ) -> PreTrainedModel:
     """Return `model`, rewired in place. Afterwards it obeys the seam of docs/architecture.md (`new_kv_cache`, ...).
 
-    overrides: SC knobs (`SC_CONFIG_DEFAULTS`) or a preset's name. device: where the model goes, packed on the way, so
-    that its float weights are never there all at once; None for where it is. backend: of every SC matmul, None for the
-    device's default. keep_float_weights: knobs that need the weights again (sc_prec, the linear scopes, switching SC on
-    or off) stay free; costs the float copy's memory. Raises ValueError for a model or knob that is not modelled.
+    overrides: SC knobs (`SC_CONFIG_DEFAULTS`) or a preset's name. device, dtype: where the model goes, and as what;
+    None for what it is. Layers are moved, rounded and packed one after the other, so that no second copy of the float
+    weights ever exists. backend: of every SC matmul, None for the device's default. keep_float_weights: knobs that need
+    the weights again (sc_prec, the linear scopes, switching SC on or off) stay free; costs the float copy's memory.
+    Raises ValueError for a model or knob that is not modelled.
     """
     knobs = resolve_knobs(overrides)
     device = model.device if device is None else torch.device(device)
+    dtype = dtype or model.dtype
     backend = model_backend(backend, device)
-    _check_supported(model, backend)
+    check_dtype(dtype, backend)
+    _check_supported(model)
     for name, value in knobs.items():
         setattr(model.config, name, value)
     model.eval().requires_grad_(False)
     # What the leaves read; refreshed from the config before each forward.
     model.sc_knobs = SimpleNamespace(**knobs, backend=backend)
-    groups = _replace_leaves(model)
+    _replace_leaves(model)
     _replace_attention(model)
     model.forward = MethodType(_forward, model)
     model.new_kv_cache = MethodType(_new_kv_cache, model)
-    for group in groups:
-        group.settle(device, keep_float_weights)
-    return model.to(device)
+    llama = model.model
+    for part in (llama.embed_tokens, llama.rotary_emb, *llama.layers, llama.norm, model.lm_head):
+        _settle(part, device, dtype, keep_float_weights)
+    model.config.dtype = dtype
+    return model
 
 
 def model_backend(backend: str | None, device: torch.device) -> str:
@@ -75,7 +81,29 @@ def model_backend(backend: str | None, device: torch.device) -> str:
     return backend
 
 
-def _check_supported(model: PreTrainedModel, backend: str) -> None:
+def check_dtype(dtype: torch.dtype, backend: str) -> None:
+    """Raise ValueError for a dtype of floats that models do not have on `backend`."""
+    allowed = GPU_DTYPES if backend in GPU_BACKENDS else (torch.float32,)
+    if dtype not in allowed:
+        raise ValueError(f"dtype={dtype}: on backend {backend!r} allowed are {', '.join(map(str, allowed))}")
+
+
+def _settle(part: nn.Module, device: torch.device, dtype: torch.dtype, keep_float_weights: bool) -> None:
+    """Move a part of the model to `device`, its parameters as `dtype`, in place, so that tied ones stay tied.
+
+    What is not an SCLinear is copied even where it could stay: a norm that lies in a mapped file would keep the whole
+    file in memory. Buffers keep their dtype: Hugging Face's rotary frequencies are float32 in every model.
+    """
+    linears = [module for module in part.modules() if isinstance(module, SCLinear)]
+    for module in part.modules():
+        for parameter in module.parameters(recurse=False) if module not in linears else ():
+            parameter.data = parameter.data.to(device, dtype, copy=True)
+    for shared in dict.fromkeys(linear.shared for linear in linears):
+        shared.settle(device, dtype, keep_float_weights)
+    part.to(device)
+
+
+def _check_supported(model: PreTrainedModel) -> None:
     config = model.config
     name = type(model).__name__
     if config.model_type != "llama" or not hasattr(model, "lm_head"):
@@ -90,30 +118,22 @@ def _check_supported(model: PreTrainedModel, backend: str) -> None:
     for feature in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size"):
         if getattr(config, feature, None):
             raise ValueError(f"{feature}={getattr(config, feature)!r}: this model feature is not modelled")
-    allowed = GPU_DTYPES if backend in GPU_BACKENDS else (torch.float32,)
-    if model.dtype not in allowed:
-        raise ValueError(f"model in {model.dtype} on {model.device}: allowed are {', '.join(map(str, allowed))}")
 
 
-def _replace_leaves(model: PreTrainedModel) -> list[SharedInput]:
-    """Replace the leaves; return the SCLinears by what they read. Raises ValueError for a leaf we do not know."""
-    linears = []
+def _replace_leaves(model: PreTrainedModel) -> None:
+    """Replace the leaves; SCLinears that read the same tensor work together. Raises ValueError for one unknown."""
     for path, module in list(model.named_modules()):
         new = _replacement(path, module, model.sc_knobs)
         if new is not None:
             model.set_submodule(path, new)
-            linears += [new] if isinstance(new, SCLinear) else []
     known = (SCLinear, InvariantRMSNorm, InvariantSiLU, InvariantRotary, nn.Embedding)
     if model.config.batch_invariant:
         for path, module in model.named_modules():
             if not list(module.children()) and not isinstance(module, known):
                 raise ValueError(f"module {path} ({type(module).__name__}): has no batch-invariant version")
-    if not linears:
-        raise ValueError(f"model class {type(model).__name__}: no linear layer found to replace")
     for layer in model.model.layers:
         SharedInput.join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
         SharedInput.join([layer.mlp.gate_proj, layer.mlp.up_proj])
-    return list(dict.fromkeys(linear.shared for linear in linears))
 
 
 def _replacement(path: str, module: nn.Module, knobs) -> nn.Module | None:

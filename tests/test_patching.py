@@ -268,7 +268,7 @@ def test_features_we_do_not_model_are_refused(changed, message):
 
 
 def test_other_models_leaves_and_dtypes_are_refused():
-    with pytest.raises(ValueError, match=r"torch.bfloat16 on cpu"):
+    with pytest.raises(ValueError, match=r"dtype=torch.bfloat16: on backend 'cpu'"):
         patch_model(tiny_model().to(torch.bfloat16))
     with pytest.raises(ValueError, match="already patched"):
         patch_model(patched())

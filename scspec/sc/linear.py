@@ -53,8 +53,8 @@ class SCLinear(nn.Module):
             return ("sc", knobs.sc_mode, knobs.sc_prec, knobs.sc_linear_granularity, knobs.sc_linear_chunk_d)
         return INVARIANT if knobs.batch_invariant else PLAIN
 
-    def prepare(self, form: tuple) -> list[Encoded] | None:
-        """Make ready for `form`, which SharedInput sets; return the codes, one Encoded a chunk, if it packs them."""
+    def prepare(self, form: tuple) -> None:
+        """Make ready for `form` what this layer does alone; SharedInput packs what members do together, and sets it."""
         if self.weight is None:
             raise ValueError(
                 f"{self.switch}, sc_mode, sc_prec, sc_linear_granularity or sc_linear_chunk_d: changed from "
@@ -63,13 +63,12 @@ class SCLinear(nn.Module):
         self.form = self._prepared = None
         if form == INVARIANT and self.knobs.backend not in GPU_BACKENDS:
             self._prepared = invariant.pack_linear(self.weight.detach().float().numpy())
-        elif form[0] == "sc":
-            weight, spec = self.weight.detach().float(), stream_spec(self.knobs)
-            codes = [encode(weight[:, s], spec, form[3]) for s in chunk_slices(self.in_features, form[4])]
-            if is_packed(form, self.knobs.backend):
-                return codes
-            self._prepared = codes
-        return None
+        elif form[0] == "sc" and not is_packed(form, self.knobs.backend):
+            self._prepared = [self.encoded(columns, form[3]) for columns in chunk_slices(self.in_features, form[4])]
+
+    def encoded(self, columns: slice, granularity: str) -> Encoded:
+        """Return these columns of the weight as codes. Chunk by chunk, there is never a float32 copy of all of it."""
+        return encode(self.weight.detach()[:, columns].float(), stream_spec(self.knobs), granularity)
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features)
@@ -157,22 +156,28 @@ class SharedInput:
         if form == first.form:
             return
         SharedInput.prepared += 1
-        codes = [member.prepare(form) for member in self.members]
+        for member in self.members:
+            member.prepare(form)
         self.weight = self._products = None
         if is_packed(form, backend):
-            side_by_side = [_stack(chunks) for chunks in zip(*codes, strict=True)]
-            self.weight = backend_module(backend).pack(side_by_side, form[4] or first.in_features)
+            chunks = [self._encoded(columns, form[3]) for columns in chunk_slices(first.in_features, form[4])]
+            self.weight = backend_module(backend).pack(chunks, form[4] or first.in_features)
         elif form == INVARIANT and backend in GPU_BACKENDS:
             self.weight = self._joined_floats()
         for member in self.members:  # last: a failure on the way leaves no form, so the next call prepares again
             member.form = form
 
-    def settle(self, device: torch.device, keep_float_weights: bool) -> None:
-        """Move to `device` and, unless they are kept, prepare there and let go of the float weights."""
+    def settle(self, device: torch.device, dtype: torch.dtype, keep_float_weights: bool) -> None:
+        """Move to `device` as `dtype` and, unless they are kept, prepare there and let go of the float weights."""
         for member in self.members:
-            member.to(device)
+            member.to(device, dtype)
         for member in self.members if not keep_float_weights else ():
             member.drop_float_weight()
+
+    def _encoded(self, columns: slice, granularity: str) -> Encoded:
+        """Return these columns of the members' weights as those of one weight with all their rows."""
+        parts = [member.encoded(columns, granularity) for member in self.members]
+        return Encoded(torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts]))
 
     def _joined_floats(self) -> torch.Tensor:
         if len(self.members) == 1:
@@ -200,8 +205,3 @@ class SharedInput:
         product = backend_module(backend).linear(rows, self.weight, spec, **options)
         parts = product.split([m.out_features for m in self.members], dim=1)
         return _Products(x, spec, dict(zip(self.members, parts, strict=True)))
-
-
-def _stack(chunks: tuple[Encoded, ...]) -> Encoded:
-    """Return one chunk's codes and scales of several weights as those of one weight with all their rows."""
-    return Encoded(torch.cat([chunk.codes for chunk in chunks]), torch.cat([chunk.scale for chunk in chunks]))
