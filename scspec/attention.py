@@ -22,12 +22,13 @@ class CausalAttention:
     """The attention of one layer: which of three paths the knobs ask for, and the store that it reads.
 
     SC in scope `causal` (EncodedKV, on a GPU DeviceKV); batch-invariant floats (FloatKV, on a GPU RowKV); SC in a
-    published scope, or plain arithmetic (FloatKV; slow). knobs: names of `sc.knobs`, and `backend`.
+    published scope, or plain arithmetic (FloatKV; slow). knobs: names of `sc.knobs`, and `backend`. device: the
+    layer's.
     """
 
-    def __init__(self, config, knobs):
+    def __init__(self, config, knobs, device: torch.device):
         self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
-        self.knobs = knobs
+        self.knobs, self.device = knobs, device
 
     @property
     def path(self) -> str:
@@ -36,9 +37,9 @@ class CausalAttention:
             return SC_CAUSAL if self.knobs.sc_granularity == "causal" else GENERIC
         return FLOAT_INVARIANT if self.knobs.batch_invariant else GENERIC
 
-    def new_store(self, batch: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        """Return the empty store of the present path; dtype is that of floats on a GPU."""
-        shape = batch, self.kv_heads, self.head_dim, capacity
+    def new_store(self, batch: int, capacity: int, dtype: torch.dtype):
+        """Return the empty store of the present path on the layer's device; dtype is that of floats on a GPU."""
+        shape, device = (batch, self.kv_heads, self.head_dim, capacity), self.device
         on_gpu = self.knobs.backend in GPU_BACKENDS
         if self.path == SC_CAUSAL:
             max_code = stream_spec(self.knobs).max_code

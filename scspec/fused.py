@@ -1,12 +1,14 @@
 """The forward of a patched Llama on a GPU: a fixed list of kernel launches, replayed as a CUDA graph.
 
-Twelve launches a layer over the weights that the leaves of the module tree hold; nothing waits for the device. All
+Thirteen launches a layer over the weights that the leaves of the module tree hold; nothing waits for the device. All
 positions come from a tensor on the device, so one graph serves a cache at every length. A shape that is seen for the
-first time runs launch by launch (Triton compiles then), the second time it is captured.
+first time runs launch by launch (Triton compiles then), the second time it is captured. A model spread over
+several devices always runs launch by launch; its rows move on from device to device between two layers.
 
 Not covered: the scopes and modes that `fits` refuses; they run through the module tree.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -40,24 +42,40 @@ def fits(model) -> bool:
 class DeviceLayers(list):
     """The stores of all layers, and what else a fused forward over them needs (`state`)."""
 
-    def __init__(self, stores: list, batch: int, device: torch.device):
+    def __init__(self, stores: list, batch: int, devices: Iterable[torch.device]):
         super().__init__(stores)
-        self.state = _State(torch.zeros(batch, dtype=torch.int32, device=device), tuple([0] * batch))
+        self.state = _State.empty(batch, devices)
 
 
 @dataclass
 class _State:
-    """start: int32 (B,) on the device, the position of each sequence's next row; `held` is what it says."""
+    """starts: int32 (B,) on each device, the position of each sequence's next row; `held` is what they say.
 
-    start: torch.Tensor
+    graphs: by shape, captured when weights and knobs were as `stamp` says.
+    """
+
+    starts: dict[torch.device, torch.Tensor]
     held: tuple[int, ...] | None
     graphs: dict = field(default_factory=dict)
+    stamp: tuple | None = None
+
+    @classmethod
+    def empty(cls, batch: int, devices: Iterable[torch.device]) -> "_State":
+        """Return the state of a cache that holds nothing; devices: each layer's."""
+        starts = {device: torch.zeros(batch, dtype=torch.int32, device=device) for device in dict.fromkeys(devices)}
+        return cls(starts, (0,) * batch)
 
     def place(self, lengths: tuple[int, ...]) -> None:
-        """Make `start` say `lengths`; it mostly does, since a forward moves it on itself."""
+        """Make `starts` say `lengths`; they mostly do, since a forward moves them on itself."""
         if self.held != lengths:
-            self.start.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
+            for start in self.starts.values():
+                start.copy_(torch.tensor(lengths, dtype=torch.int32), non_blocking=True)
             self.held = lengths
+
+    def drop_outdated_graphs(self, stamp: tuple) -> None:
+        """Let go of graphs captured under another stamp: what they read may be gone."""
+        if self.stamp != stamp:
+            self.graphs, self.stamp = {}, stamp
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,7 @@ class _Graph:
     graph: torch.cuda.CUDAGraph
     ids: torch.Tensor
     logits: torch.Tensor
-    rotary: tuple[torch.Tensor, torch.Tensor]  # held, because the model's own table is another one once it has grown
+    rotary: dict  # held, because the model's own tables are others once they have grown
 
 
 def forward(model, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int) -> torch.Tensor:
@@ -76,28 +94,30 @@ def forward(model, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int)
     layers = cache.layers
     whole = isinstance(layers, DeviceLayers)  # a slot's view is used once, for a prefill: no graph
     with torch.cuda.device_of(input_ids):
-        state = layers.state if whole else DeviceLayers([], cache.batch, input_ids.device).state
+        devices = (attention.device for attention in model.attentions)
+        state = layers.state if whole else _State.empty(cache.batch, devices)
         state.place(cache.lengths)
-        held, state.held = state.held, None  # until the forward has ended, nobody knows what `start` says
-        rotary = model.model.rotary_emb.table(cache.capacity, input_ids.device)
-        if input_ids.is_cuda and whole and input_ids.numel() <= GRAPH_ROWS:
+        held, state.held = state.held, None  # until the forward has ended, nobody knows what `starts` say
+        rotary = {device: model.model.rotary_emb.table(cache.capacity, device) for device in state.starts}
+        if input_ids.is_cuda and whole and len(rotary) == 1 and input_ids.numel() <= GRAPH_ROWS:
             logits = _replayed(model, input_ids, layers, state, rotary, logits_to_keep)
         else:
-            logits = _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)
+            logits = _launched(model, input_ids, layers, state.starts, rotary, logits_to_keep)
     state.held = tuple(length + input_ids.shape[1] for length in held)
     return logits
 
 
 def _replayed(model, input_ids, layers, state: _State, rotary, logits_to_keep: int) -> torch.Tensor:
-    key = (*input_ids.shape, logits_to_keep, SharedInput.prepared, tuple(vars(model.sc_knobs).items()))
+    state.drop_outdated_graphs((SharedInput.prepared, tuple(vars(model.sc_knobs).items())))
+    key = (*input_ids.shape, logits_to_keep)
     if key not in state.graphs:
-        logits = _launched(model, input_ids, layers, state.start, rotary, logits_to_keep)
+        logits = _launched(model, input_ids, layers, state.starts, rotary, logits_to_keep)
         state.graphs[key] = None
         return logits
     if state.graphs[key] is None:
         ids, graph = input_ids.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = _launched(model, ids, layers, state.start, rotary, logits_to_keep)
+            logits = _launched(model, ids, layers, state.starts, rotary, logits_to_keep)
         state.graphs[key] = _Graph(graph, ids, logits, rotary)
     captured = state.graphs[key]
     captured.ids.copy_(input_ids)
@@ -105,19 +125,30 @@ def _replayed(model, input_ids, layers, state: _State, rotary, logits_to_keep: i
     return captured.logits.clone()  # the next replay writes over it
 
 
-def _launched(model, input_ids, layers, start, rotary, logits_to_keep: int) -> torch.Tensor:
-    batch, steps = input_ids.shape
-    hidden = model.model.embed_tokens(input_ids).view(batch * steps, -1)
+def _launched(model, input_ids, layers, starts: dict, rotary: dict, logits_to_keep: int) -> torch.Tensor:
+    """Return the logits, on the last layer's device."""
+    hidden = model.model.embed_tokens(input_ids)
     for layer, store in zip(model.model.layers, layers, strict=True):
-        normed = _norm(layer.input_layernorm, hidden)
-        mixed = _attention(layer.self_attn, normed.view(batch, steps, -1), store, start, *rotary)
-        hidden = _product(layer.self_attn.o_proj.shared, mixed, ADD, hidden)
-        inner = _product(layer.mlp.gate_proj.shared, _norm(layer.post_attention_layernorm, hidden), SILU_MUL)
-        hidden = _product(layer.mlp.down_proj.shared, inner, ADD, hidden)
-    start += steps
-    kept = hidden.view(batch, steps, -1)[:, -logits_to_keep:] if logits_to_keep else hidden.view(batch, steps, -1)
-    rows = _norm(model.model.norm, kept.reshape(-1, kept.shape[2]))
-    return _product(model.lm_head.shared, rows).view(batch, kept.shape[1], -1)
+        device = layer.self_attn.scspec_attention.device
+        hidden = hidden.to(device)
+        with torch.cuda.device_of(hidden):
+            hidden = _decoder_layer(layer, hidden, store, starts[device], rotary[device])
+    for start in starts.values():
+        start += input_ids.shape[1]
+    kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+    with torch.cuda.device_of(hidden):
+        rows = _norm(model.model.norm, kept.reshape(-1, kept.shape[2]))
+        return _product(model.lm_head.shared, rows).view(*kept.shape[:2], -1)
+
+
+def _decoder_layer(layer, hidden: torch.Tensor, store, start: torch.Tensor, rotary: tuple) -> torch.Tensor:
+    """Return hidden (B, T, D) after one layer; all on one device, the current one."""
+    rows = hidden.view(-1, hidden.shape[2])
+    normed = _norm(layer.input_layernorm, rows)
+    mixed = _attention(layer.self_attn, normed.view(hidden.shape), store, start, *rotary)
+    rows = _product(layer.self_attn.o_proj.shared, mixed, ADD, rows)
+    inner = _product(layer.mlp.gate_proj.shared, _norm(layer.post_attention_layernorm, rows), SILU_MUL)
+    return _product(layer.mlp.down_proj.shared, inner, ADD, rows).view(hidden.shape)
 
 
 def _norm(module, x: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,10 @@ interface. The knobs live on `model.config`. Nothing of another instance, even o
 Not covered: where weights come from (`models`). Other model families than Llama's are refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import repeat
+from operator import contains
 from types import MethodType, SimpleNamespace
 
 import torch
@@ -22,6 +25,7 @@ from scspec.sc.knobs import SC_CONFIG_DEFAULTS, check_knobs, resolve_knobs
 from scspec.sc.linear import SCLinear, SharedInput
 from scspec.sc.matmul import GPU_BACKENDS, resolve_backend
 
+Placement = torch.device | str | Sequence[torch.device | str]
 _ATTENTION_NAME = "scspec"
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROPE_TYPES = ("default", "linear", "llama3")
@@ -36,7 +40,7 @@ def patch_model(
     model: PreTrainedModel,
     overrides: dict | str | None = None,
     *,
-    device: torch.device | str | None = None,
+    device: Placement | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     keep_float_weights: bool = False,
@@ -44,30 +48,39 @@ def patch_model(
     """Return `model`, rewired in place. Afterwards it obeys the seam of docs/architecture.md (`new_kv_cache`, ...).
 
     overrides: SC knobs (`SC_CONFIG_DEFAULTS`) or a preset's name. device, dtype: where the model goes, and as what;
-    None for what it is. Layers are moved, rounded and packed one after the other, so that no second copy of the float
-    weights ever exists. backend: of every SC matmul, None for the device's default. keep_float_weights: knobs that need
-    the weights again (sc_prec, the linear scopes, switching SC on or off) stay free; costs the float copy's memory.
-    Raises ValueError for a model or knob that is not modelled.
+    None for what it is. Of several devices the first has the embeddings, the last the LM head, and each its share of
+    layers. Layers are moved, rounded and packed one after the other, so that no second copy of the float weights ever
+    exists. backend: of every SC matmul, None for the device's default. keep_float_weights: knobs that need the weights
+    again (sc_prec, the linear scopes, switching SC on or off) stay free; costs the float copy's memory. Raises
+    ValueError for a model, knob or device that is not modelled.
     """
     knobs = resolve_knobs(overrides)
-    device = model.device if device is None else torch.device(device)
+    devices = resolve_devices(model.device if device is None else device)
     dtype = dtype or model.dtype
-    backend = model_backend(backend, device)
+    backend = model_backend(backend, devices[0])
     check_dtype(dtype, backend)
     _check_supported(model)
+    devices = layer_devices(len(model.model.layers), devices)
     for name, value in knobs.items():
         setattr(model.config, name, value)
     model.eval().requires_grad_(False)
     # What the leaves read; refreshed from the config before each forward.
     model.sc_knobs = SimpleNamespace(**knobs, backend=backend)
+    if devices[0] != devices[-1]:  # tied weights part: each end has its own
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach(), requires_grad=False)
     _replace_leaves(model)
-    _replace_attention(model)
+    _replace_attention(model, devices)
     model.forward = MethodType(_forward, model)
     model.new_kv_cache = MethodType(_new_kv_cache, model)
     llama = model.model
-    for part in (llama.embed_tokens, llama.rotary_emb, *llama.layers, llama.norm, model.lm_head):
+    for part in (llama.embed_tokens, llama.rotary_emb):
+        _settle(part, devices[0], dtype, keep_float_weights)
+    for part, device in zip((*llama.layers, llama.norm, model.lm_head), (*devices, *devices[-1:] * 2), strict=True):
         _settle(part, device, dtype, keep_float_weights)
+        if devices[0] != devices[-1]:
+            part.forward = partial(_on_device, part.forward, device)
     model.config.dtype = dtype
+    model.wiring = _Wiring(model)
     return model
 
 
@@ -79,6 +92,72 @@ def model_backend(backend: str | None, device: torch.device) -> str:
             "backend='reference': multiplies, but packs no weights of a model; on the CPU allowed is 'cpu'"
         )
     return backend
+
+
+def resolve_devices(device: Placement) -> tuple[torch.device, ...]:
+    """Return the devices, a GPU with its number. Raises ValueError for one that is not here, or of different kinds."""
+    names = [device] if isinstance(device, str | torch.device) else list(device)
+    devices = tuple(_resolve_device(name) for name in names)
+    if len({found.type for found in devices}) != 1:
+        raise ValueError(f"device={names}: must be one device or several of a kind")
+    return devices
+
+
+def _resolve_device(name: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name!r}: allowed are 'cpu' and 'cuda'") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r}: allowed are 'cpu' and 'cuda'")
+    if found.type == "cpu":
+        return found
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not count:
+        raise ValueError(f"device={name!r}: torch {torch.__version__} finds no CUDA device here")
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= count:
+        raise ValueError(f"device={name!r}: here are 'cuda:0' to 'cuda:{count - 1}'")
+    return torch.device("cuda", index)
+
+
+def layer_devices(layers: int, devices: Sequence[torch.device]) -> list[torch.device]:
+    """Return the device of each decoder layer: in order, in shares that differ by a layer at most (all are one size).
+
+    Raises ValueError for more devices than layers.
+    """
+    if len(devices) > layers:
+        raise ValueError(f"device: {len(devices)} devices for {layers} layers")
+    return [devices[index * len(devices) // layers] for index in range(layers)]
+
+
+def _on_device(forward: Callable, device: torch.device, *arguments, **named):
+    """Return what `forward` does with its tensors moved to `device`, where it also launches its kernels."""
+    arguments = [_moved(value, device) for value in arguments]
+    with torch.cuda.device_of(arguments[0]):
+        return forward(*arguments, **{name: _moved(value, device) for name, value in named.items()})
+
+
+def _moved(value, device: torch.device):
+    if isinstance(value, tuple):
+        return tuple(_moved(each, device) for each in value)
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+class _Wiring:
+    """The module tree as `patch_model` left it; `holds` is asked before each forward, so it compares dicts at once."""
+
+    def __init__(self, model: PreTrainedModel):
+        modules = list(model.modules())
+        self._children = [module._modules for module in modules]
+        self._wired = [dict(children) for children in self._children]
+        self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._plain = [module for module in modules[1:] if "forward" not in vars(module)]
+
+    def holds(self) -> bool:
+        """Return whether every module is the one put there, without a forward hook or a forward of its own."""
+        own = map(contains, map(vars, self._plain), repeat("forward"))
+        return self._children == self._wired and not any(self._hooks) and not any(own)
 
 
 def check_dtype(dtype: torch.dtype, backend: str) -> None:
@@ -151,11 +230,11 @@ def _replacement(path: str, module: nn.Module, knobs) -> nn.Module | None:
     return None
 
 
-def _replace_attention(model: PreTrainedModel) -> None:
+def _replace_attention(model: PreTrainedModel, devices: list[torch.device]) -> None:
+    model.attentions = [CausalAttention(model.config, model.sc_knobs, device) for device in devices]
     for index, layer in enumerate(model.model.layers):
-        attention = layer.self_attn
-        attention.layer_idx = index
-        attention.scspec_attention = CausalAttention(model.config, model.sc_knobs)
+        layer.self_attn.layer_idx = index
+        layer.self_attn.scspec_attention = model.attentions[index]
     model.config._attn_implementation = _ATTENTION_NAME
 
 
@@ -176,13 +255,12 @@ AttentionMaskInterface.register(_ATTENTION_NAME, _no_mask)
 def _new_kv_cache(model: PreTrainedModel, batch: int, capacity: int) -> KVCache:
     """Return an empty cache for `batch` sequences of up to `capacity` tokens."""
     _refresh_knobs(model)
-    shape = batch, capacity, model.dtype, model.device
-    stores = [layer.self_attn.scspec_attention.new_store(*shape) for layer in model.model.layers]
+    stores = [attention.new_store(batch, capacity, model.dtype) for attention in model.attentions]
     if model.sc_knobs.backend in GPU_BACKENDS:
         from scspec import fused
 
-        stores = fused.DeviceLayers(stores, batch, model.device)
-    return KVCache(batch, capacity, stores)
+        stores = fused.DeviceLayers(stores, batch, [attention.device for attention in model.attentions])
+    return KVCache(batch, capacity, stores, owner=model)
 
 
 def _refresh_knobs(model: PreTrainedModel) -> None:
@@ -213,6 +291,8 @@ def _forward(
         )
     batch, steps = input_ids.shape
     cache = model.new_kv_cache(batch, steps) if kv_cache is None else kv_cache
+    if getattr(cache, "owner", None) is not model:
+        raise ValueError("kv_cache: made by another model; a cache is read only by the one whose new_kv_cache made it")
     if batch != cache.batch:
         raise ValueError(f"input_ids has {batch} sequences; the KV cache was made for {cache.batch}")
     if max(cache.lengths) + steps > cache.capacity:
@@ -233,11 +313,9 @@ def _logits(model: PreTrainedModel, input_ids: torch.Tensor, cache: KVCache, log
 
 
 def _fused_forward(model: PreTrainedModel) -> Callable | None:
-    """Return the forward that skips the module tree, None where knobs, or a module put in by hand, need the tree."""
+    """Return the forward that skips the module tree; None where knobs, or what was put in by hand, need the tree."""
     if model.sc_knobs.backend in GPU_BACKENDS:
         from scspec import fused as fast
     else:
         fast = fused_cpu
-    norms = (norm for layer in model.model.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm))
-    ours = all(isinstance(norm, InvariantRMSNorm) for norm in norms)
-    return fast.forward if ours and fast.fits(model) else None
+    return fast.forward if model.wiring.holds() and fast.fits(model) else None

@@ -31,10 +31,11 @@ pytestmark = pytest.mark.usefixtures("wide_steps")
 on_gpu = pytest.mark.gpu
 
 
-def patched(overrides=None, *, backend="triton", dtype=torch.float32, layers=2, keep_float_weights=False, **changed):
-    device = "cpu" if backend == "cpu" else DEVICE
-    model = tiny_model(num_hidden_layers=layers, **changed).to(device, dtype)
-    return patch_model(model, overrides, backend=backend, keep_float_weights=keep_float_weights)
+def patched(overrides=None, *, backend="triton", dtype=torch.float32, layers=2, device=None, **changed):
+    kept = changed.pop("keep_float_weights", False)
+    device = device or ("cpu" if backend == "cpu" else DEVICE)
+    model = tiny_model(num_hidden_layers=layers, **changed)
+    return patch_model(model, overrides, device=device, dtype=dtype, backend=backend, keep_float_weights=kept)
 
 
 def logits(model, ids=IDS, **arguments):
@@ -220,6 +221,48 @@ def test_identity_accepts_everything(overrides, gamma, sampling):
     assert torch.equal(text, generate_autoregressive(target, IDS[:, :2], eos_token_id=[], **arguments))
 
 
+# ---------------------------------------------------------------------------------------------- several devices
+
+
+@pytest.fixture
+def two_devices():
+    """Two GPUs; without any, the CPU under two names, between which a forward moves its rows all the same."""
+    if DEVICE.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 GPUs")
+    return [f"{DEVICE.type}:0", f"{DEVICE.type}:1"]
+
+
+def check_spread(devices, overrides, backend):
+    """Spread over devices, in pieces and as a target, a model gives the bits that it gives on one."""
+    options = {"layers": 3, "tie_word_embeddings": True, "backend": backend}
+    alone, spread = patched(overrides, **options), patched(overrides, device=devices, **options)
+    assert [attention.device for attention in spread.attentions] == [torch.device(devices[i]) for i in (0, 0, 1)]
+    whole, ids = logits(alone, IDS[:, :3]), IDS[:, :3]
+    found = logits(spread, ids)
+    assert found.device == torch.zeros(0, device=devices[1]).device
+    assert torch.equal(found.to(DEVICE), whole)
+    if spread.config.sc_granularity != "causal":  # there rows depend on the partition, on one device too
+        return
+    assert torch.equal(in_pieces(spread, [1, 1, 1], 16, ids).to(DEVICE), whole)
+    text, stats = generate_cached(spread, alone, ids, max_new_tokens=3, gamma=2, eos_token_id=[])
+    assert all(block.accepted == 2 for block in stats.blocks)
+    assert torch.equal(text, generate_autoregressive(alone, ids, max_new_tokens=3, eos_token_id=[]))
+
+
+SPREAD = {"sc": SC, "float": FLOAT, "published scope": {"sc_granularity": "per_row"}, "published": "published"}
+
+
+@pytest.mark.parametrize("arm", SPREAD)
+def test_a_model_spread_over_devices_is_exact(two_devices, arm):
+    check_spread(two_devices, SPREAD[arm], "triton")
+
+
+@on_gpu
+@pytest.mark.parametrize("arm", SPREAD)
+def test_a_model_spread_over_devices_is_exact_in_cuda(two_devices, arm):
+    check_spread(two_devices, SPREAD[arm], "cuda")
+
+
 # ---------------------------------------------------------------------------------------------- what would break it
 
 
@@ -234,7 +277,7 @@ def test_a_norm_over_all_rows_would_be_caught(monkeypatch):
 
 def test_positions_that_ignore_the_cache_would_be_caught(monkeypatch):
     model = patched(FLOAT)
-    monkeypatch.setattr(fused._State, "place", lambda state, lengths: state.start.zero_())
+    monkeypatch.setattr(fused._State, "place", lambda state, _: [start.zero_() for start in state.starts.values()])
     with pytest.raises(AssertionError, match="16"):
         check_partition(model, ([5, 1], 16))
 
@@ -283,6 +326,7 @@ def test_graphs_survive_a_change_of_knobs():
         model.config.use_sc_linear = use_sc_linear
         for _ in range(3):
             assert torch.equal(step(), wanted[use_sc_linear])
+        assert len(cache.layers.state.graphs) == 1, "outdated graphs are kept"
         junk = [torch.full((n,), 255, dtype=torch.uint8, device=DEVICE) for n in range(512, 65536, 512)]
         del junk
 

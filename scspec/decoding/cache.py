@@ -10,13 +10,14 @@ class KVCache:
 
     `layers` is a list of whatever the model keeps per layer; each has `slot(b)`, the same store for slot b alone.
     Lengths start at 0. A forward writes row t of slot b at position `lengths[b] + t` and then calls `advance`; what
-    lies beyond a length is simply written over later.
+    lies beyond a length is simply written over later. `owner` is the model that made it, for that model to tell.
     """
 
-    def __init__(self, batch: int, capacity: int, layers: list):
+    def __init__(self, batch: int, capacity: int, layers: list, owner: object = None):
         self.batch = batch
         self.capacity = capacity
         self.layers = layers
+        self.owner = owner
         self._lengths = np.zeros(batch, np.int64)
 
     @property
@@ -41,6 +42,6 @@ class KVCache:
     def slot(self, slot: int) -> "KVCache":
         """The cache of one slot alone, batch 1: a view, so a forward over it writes here and advances this slot."""
         slot = range(self.batch)[slot]
-        view = KVCache(1, self.capacity, [layer.slot(slot) for layer in self.layers])
+        view = KVCache(1, self.capacity, [layer.slot(slot) for layer in self.layers], self.owner)
         view._lengths = self._lengths[slot : slot + 1]
         return view

@@ -45,7 +45,7 @@ class InvariantRotary(nn.Module):
         self.inv_freq = inv_freq.detach().float().cpu().numpy()  # no buffer: .to(float16) would round it
         self.attention_scaling = np.float32(attention_scaling)
         self.positions = positions
-        self._cos = self._sin = torch.empty(0, 2 * inv_freq.numel())
+        self._tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}  # equally long, one for each device
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (cos, sin) in x's dtype, on its device, (B, T, head_dim) of position_ids int64 (B, T).
@@ -59,16 +59,16 @@ class InvariantRotary(nn.Module):
 
     def table(self, positions: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (cos, sin) float32 (at least `positions`, head_dim) on the device; once there, no copy is made."""
-        held = self._cos.shape[0]
+        empty = torch.empty(0, 2 * len(self.inv_freq))
+        tables = next(iter(self._tables.values()), (empty, empty))
+        held = tables[0].shape[0]
         if positions > held:
-            last = max(positions, 2 * held, 256)
-            new = cpu.rotary_table(self.inv_freq, self.attention_scaling, held, last)
-            self._cos, self._sin = (
-                torch.cat((old.cpu(), torch.from_numpy(rows)))
-                for old, rows in zip((self._cos, self._sin), new, strict=True)
-            )
-        self._cos, self._sin = self._cos.to(device), self._sin.to(device)
-        return self._cos, self._sin
+            new = cpu.rotary_table(self.inv_freq, self.attention_scaling, held, max(positions, 2 * held, 256))
+            tables = [torch.cat((old.cpu(), torch.from_numpy(rows))) for old, rows in zip(tables, new, strict=True)]
+            self._tables = {}
+        if device not in self._tables:
+            self._tables[device] = tables[0].to(device), tables[1].to(device)
+        return self._tables[device]
 
 
 def _gpu():
