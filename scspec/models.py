@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from scspec.patching import check_dtype, model_backend, patch_model
+from scspec.patching import Placement, check_dtype, model_backend, patch_model, resolve_devices
 from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
 
@@ -47,6 +47,8 @@ ALIASES = {
     )
 }
 
+#: Of a block of backend `cuda`: a table of 128 KB, and what the kernels declare beside it.
+_SHARED_BYTES = 128 * 1024 + 4096
 #: As the header of a safetensors file names them.
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -164,7 +166,7 @@ def load_model(
     name: str,
     *,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: Placement = "cpu",
     backend: str | None = None,
     sc_overrides: dict | str | None = None,
     skip_layers: tuple[int, ...] = (),
@@ -172,11 +174,11 @@ def load_model(
 ) -> PreTrainedModel:
     """Return one patched model instance, ready for decoding.
 
-    name: alias, folder or Hugging Face id.  device: "cpu" (float32) or "cuda" (float32, float16, bfloat16); backend of
-    every SC matmul: None for the device's default.  sc_overrides: knobs or a preset (`sc.knobs`).  skip_layers: decoder
-    layers left out, counted from 0. The files are mapped, not read: each layer's weights come to memory when they are
-    packed, and go again. Raises ValueError, before loading weights where an argument is at fault, else if the files do
-    not hold the model's weights.
+    name: alias, folder or Hugging Face id.  device: "cpu" (float32) or "cuda" (float32, float16, bfloat16), or several
+    GPUs, over which the layers are spread.  backend: of every SC matmul, None for the device's default.  sc_overrides:
+    knobs or a preset (`sc.knobs`).  skip_layers: decoder layers left out, counted from 0.
+    The files are mapped, not read: each layer's weights come to memory when they are packed, and go again. Raises
+    ValueError, before loading weights where an argument is at fault, else if the files do not hold the model's weights.
     """
     check_placement(device, dtype, backend)
     resolve_knobs(sc_overrides)
@@ -214,14 +216,24 @@ def _stored_dtype(name: str, folder: Path) -> torch.dtype:
     return reduce(torch.promote_types, (_STORED_DTYPES[dtype] for dtype in found))
 
 
-def check_placement(device: str, dtype: torch.dtype, backend: str | None) -> None:
+def check_placement(device: Placement, dtype: torch.dtype, backend: str | None) -> None:
     """Raise ValueError for a device that is not here, or a dtype or backend that it does not have."""
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r}: allowed are 'cpu' and 'cuda'")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}: torch {torch.__version__} finds no CUDA device here")
-    check_dtype(dtype, model_backend(backend, torch.device(device)))
+    devices = resolve_devices(device)
+    backend = model_backend(backend, devices[0])
+    check_dtype(dtype, backend)
+    for found in devices if backend == "cuda" else ():
+        _check_card(found)
+
+
+def _check_card(device: torch.device) -> None:
+    """Raise ValueError for a GPU that cannot hold the tables of backend `cuda` in a block's shared memory."""
+    card = torch.cuda.get_device_properties(device)
+    if (card.major, card.minor) < (8, 0) or card.shared_memory_per_block_optin < _SHARED_BYTES:
+        raise ValueError(
+            f"backend='cuda': {card.name} ({device}) has compute capability {card.major}.{card.minor} and "
+            f"{card.shared_memory_per_block_optin} bytes of shared memory a block; needed are 8.0 and {_SHARED_BYTES}; "
+            f"backend 'triton' is allowed"
+        )
 
 
 def _skip_layers(model: PreTrainedModel, skipped: set[int]) -> None:
@@ -240,7 +252,7 @@ def load_spec_models(
     draft_model: str = "smollm2-135m",
     *,
     dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
+    device: Placement = "cpu",
     backend: str | None = None,
     target_sc_overrides: dict | str | None = None,
     draft_sc_overrides: dict | str | None = None,

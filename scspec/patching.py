@@ -289,6 +289,7 @@ def _forward(
         raise ValueError(
             f"{next(iter(refused))}: not supported; every row of input_ids is a token, the cache is kv_cache"
         )
+    _check_tokens(model, input_ids, logits_to_keep)
     batch, steps = input_ids.shape
     cache = model.new_kv_cache(batch, steps) if kv_cache is None else kv_cache
     if getattr(cache, "owner", None) is not model:
@@ -297,9 +298,22 @@ def _forward(
         raise ValueError(f"input_ids has {batch} sequences; the KV cache was made for {cache.batch}")
     if max(cache.lengths) + steps > cache.capacity:
         raise ValueError(f"KV cache: {max(cache.lengths)} + {steps} tokens; its capacity is {cache.capacity}")
+    limit = model.config.max_position_embeddings
+    if max(cache.lengths) + steps > limit:
+        raise ValueError(f"input_ids: {max(cache.lengths)} + {steps} tokens; max_position_embeddings is {limit}")
     logits = _logits(model, input_ids, cache, logits_to_keep)
     cache.advance(steps)
     return CausalLMOutput(logits=logits)
+
+
+def _check_tokens(model: PreTrainedModel, ids: torch.Tensor, logits_to_keep: int) -> None:
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids: {ids.dtype} {tuple(ids.shape)}; must be int64 or int32 (B, T), none of them 0")
+    size = model.config.vocab_size
+    if ids.device.type == "cpu" and not 0 <= int(ids.min()) <= int(ids.max()) < size:  # on a GPU it would have to wait
+        raise ValueError(f"input_ids: {int(ids.min())} to {int(ids.max())}; the vocabulary has 0..{size - 1}")
+    if not 0 <= logits_to_keep <= ids.shape[1]:
+        raise ValueError(f"logits_to_keep={logits_to_keep}: must be 0 (all) to {ids.shape[1]}, the tokens of input_ids")
 
 
 def _logits(model: PreTrainedModel, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int) -> torch.Tensor:

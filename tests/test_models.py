@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,6 +91,10 @@ def test_a_folder_without_safetensors_is_refused(tmp_path):
         ({"skip_layers": (3,)}, r"skip_layers=\[3\].*layers 0..2"),
         ({"skip_layers": (0, 1, 2)}, "one must remain"),
         ({"device": "cuda"}, "device='cuda'"),
+        ({"device": ["cpu", "cuda:0"]}, "device='cuda:0'"),
+        ({"device": "tpu"}, "device='tpu': allowed are"),
+        ({"device": "meta"}, "device='meta': allowed are"),
+        ({"device": []}, r"device=\[\]"),
         ({"dtype": torch.float16}, "torch.float16"),
         ({"sc_overrides": {"sc_prec": 1}}, "sc_prec=1"),
     ],
@@ -98,6 +103,40 @@ def test_wrong_arguments_are_named_before_weights_are_loaded(folder, monkeypatch
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match=message):
         load_model(folder, **arguments)
+
+
+def check_with_cards(monkeypatch, cards, device, backend="cuda"):
+    """Run check_placement where torch sees `cards`: (major, minor, bytes of shared memory a block)."""
+    names = ("major", "minor", "shared_memory_per_block_optin")
+    found = [SimpleNamespace(name="A card", **dict(zip(names, card, strict=True))) for card in cards]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found[device.index])
+    models.check_placement(device, torch.float16, backend)
+
+
+A100, T4, GEFORCE = (8, 0, 166912), (7, 5, 65536), (8, 6, 101376)
+
+
+@pytest.mark.parametrize(
+    ("cards", "device", "message"),
+    [
+        ([A100, A100], "cuda:9", "device='cuda:9': here are 'cuda:0' to 'cuda:1'"),
+        ([A100, A100], ["cuda:0", "cuda:2"], "device='cuda:2'"),
+        ([A100], ["cuda:0", "cpu"], "several of a kind"),
+        ([T4], "cuda", r"backend='cuda': A card \(cuda:0\) has compute capability 7.5 and 65536 bytes.*'triton' is"),
+        ([A100, GEFORCE], ["cuda:0", "cuda:1"], r"A card \(cuda:1\) has compute capability 8.6 and 101376 bytes"),
+    ],
+)
+def test_a_card_that_is_not_here_or_too_small_is_named(monkeypatch, cards, device, message):
+    with pytest.raises(ValueError, match=message):
+        check_with_cards(monkeypatch, cards, device)
+
+
+def test_cards_that_will_do(monkeypatch):
+    check_with_cards(monkeypatch, [A100, A100], ["cuda:0", "cuda:1"])
+    check_with_cards(monkeypatch, [T4], "cuda", "triton")
 
 
 def test_different_vocabularies_are_refused_before_weights_are_loaded(folder, tmp_path, monkeypatch):

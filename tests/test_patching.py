@@ -161,6 +161,37 @@ def test_rollback_moves_an_integer():
     assert torch.equal(rest, logits(model)[:, 4:])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": IDS[0]}, r"input_ids: torch.int64 \(11,\)"),
+        ({"input_ids": IDS[:, :0]}, r"input_ids: torch.int64 \(1, 0\)"),
+        ({"input_ids": IDS.float()}, r"input_ids: torch.float32 \(1, 11\)"),
+        ({"input_ids": IDS > 9}, r"input_ids: torch.bool"),
+        ({"input_ids": IDS + 26}, r"input_ids: 29 to 61; the vocabulary has 0..60"),
+        ({"input_ids": IDS - 4}, r"input_ids: -1 to 31"),
+        ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep=-1: must be 0"),
+        ({"input_ids": IDS, "logits_to_keep": 12}, "logits_to_keep=12: must be 0 .* to 11"),
+    ],
+)
+def test_wrong_tokens_are_named_before_anything_is_written(arguments, message):
+    model = patched()
+    cache = model.new_kv_cache(1, 16)
+    with pytest.raises(ValueError, match=message):
+        model(kv_cache=cache, **arguments)
+    assert cache.lengths == (0,)
+
+
+def test_positions_that_the_model_does_not_have_are_refused():
+    model = patched(max_position_embeddings=11)
+    cache = model.new_kv_cache(1, 16)
+    logits(model)
+    with torch.inference_mode():
+        model(input_ids=IDS, kv_cache=cache)
+        with pytest.raises(ValueError, match=r"input_ids: 11 \+ 1 tokens; max_position_embeddings is 11"):
+            model(input_ids=IDS[:, :1], kv_cache=cache)
+
+
 def test_a_full_cache_is_refused_before_anything_is_written():
     model = patched()
     cache = model.new_kv_cache(1, 8)
