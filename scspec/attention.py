@@ -39,24 +39,23 @@ class CausalAttention:
 
     def new_store(self, batch: int, capacity: int, dtype: torch.dtype):
         """Return the empty store of the present path on the layer's device; dtype is that of floats on a GPU."""
-        shape, device = (batch, self.kv_heads, self.head_dim, capacity), self.device
+        kind, shape = self.store_class, (batch, self.kv_heads, self.head_dim, capacity)
+        if kind in (FloatKV, RowKV):
+            return kind.empty(*shape, dtype, self.device)
+        max_code = stream_spec(self.knobs).max_code
+        return kind.empty(*shape, max_code) if kind is EncodedKV else kind.empty(*shape, max_code, self.device)
+
+    @property
+    def store_class(self) -> type:
+        """What the present path reads keys and values from."""
         on_gpu = self.knobs.backend in GPU_BACKENDS
         if self.path == SC_CAUSAL:
-            max_code = stream_spec(self.knobs).max_code
-            return _gpu_sc().DeviceKV.empty(*shape, max_code, device) if on_gpu else EncodedKV.empty(*shape, max_code)
-        if self.path == FLOAT_INVARIANT and on_gpu:
-            return RowKV.empty(*shape, dtype, device)
-        return FloatKV.empty(*shape, dtype, device)
+            return _gpu_sc().DeviceKV if on_gpu else EncodedKV
+        return RowKV if on_gpu and self.path == FLOAT_INVARIANT else FloatKV
 
     def check_store(self, store) -> None:
         """Raise ValueError if `store` was made for another path."""
-        on_gpu = self.knobs.backend in GPU_BACKENDS
-        wanted = {
-            SC_CAUSAL: ("DeviceKV", "EncodedKV"),
-            FLOAT_INVARIANT: ("RowKV", "FloatKV"),
-            GENERIC: ("FloatKV",) * 2,
-        }
-        if type(store).__name__ != wanted[self.path][0 if on_gpu else 1]:
+        if type(store) is not self.store_class:
             raise ValueError("use_sc_attn or sc_granularity changed: the KV cache was made for another attention")
 
     def __call__(self, query, key, value, store, starts: Sequence[int], scaling: float) -> torch.Tensor:

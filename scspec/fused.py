@@ -1,6 +1,6 @@
 """The forward of a patched Llama on a GPU: a fixed list of kernel launches, replayed as a CUDA graph.
 
-Thirteen launches a layer over the weights that the leaves of the module tree hold; nothing waits for the device. All
+A few launches a layer over the weights that the leaves of the module tree hold; nothing waits for the device. All
 positions come from a tensor on the device, so one graph serves a cache at every length. A shape that is seen for the
 first time runs launch by launch (Triton compiles then), the second time it is captured. A model spread over
 several devices always runs launch by launch; its rows move on from device to device between two layers.
