@@ -130,19 +130,16 @@ def _launched(model, input_ids, layers, starts: dict, rotary: dict, logits_to_ke
     hidden = model.model.embed_tokens(input_ids)
     for layer, store in zip(model.model.layers, layers, strict=True):
         device = layer.self_attn.scspec_attention.device
-        hidden = hidden.to(device)
-        with torch.cuda.device_of(hidden):
-            hidden = _decoder_layer(layer, hidden, store, starts[device], rotary[device])
+        hidden = _decoder_layer(layer, hidden.to(device), store, starts[device], rotary[device])
     for start in starts.values():
         start += input_ids.shape[1]
     kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-    with torch.cuda.device_of(hidden):
-        rows = _norm(model.model.norm, kept.reshape(-1, kept.shape[2]))
-        return _product(model.lm_head.shared, rows).view(*kept.shape[:2], -1)
+    rows = _norm(model.model.norm, kept.reshape(-1, kept.shape[2]))
+    return _product(model.lm_head.shared, rows).view(*kept.shape[:2], -1)
 
 
 def _decoder_layer(layer, hidden: torch.Tensor, store, start: torch.Tensor, rotary: tuple) -> torch.Tensor:
-    """Return hidden (B, T, D) after one layer; all on one device, the current one."""
+    """Return hidden (B, T, D) after one layer; all on one device."""
     rows = hidden.view(-1, hidden.shape[2])
     normed = _norm(layer.input_layernorm, rows)
     mixed = _attention(layer.self_attn, normed.view(hidden.shape), store, start, *rotary)

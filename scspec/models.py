@@ -47,8 +47,8 @@ ALIASES = {
     )
 }
 
-#: Of a block of backend `cuda`: a table of 128 KB, and what the kernels declare beside it.
-_SHARED_BYTES = 128 * 1024 + 4096
+#: Of a block of backend `cuda`: its table, the shorter of its stages, and what the kernels declare beside them.
+_SHARED_BYTES = 128 * 1024 + 32 * 1024 + 2048
 #: As the header of a safetensors file names them.
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 

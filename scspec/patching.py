@@ -132,10 +132,8 @@ def layer_devices(layers: int, devices: Sequence[torch.device]) -> list[torch.de
 
 
 def _on_device(forward: Callable, device: torch.device, *arguments, **named):
-    """Return what `forward` does with its tensors moved to `device`, where it also launches its kernels."""
-    arguments = [_moved(value, device) for value in arguments]
-    with torch.cuda.device_of(arguments[0]):
-        return forward(*arguments, **{name: _moved(value, device) for name, value in named.items()})
+    """Return what `forward` does with its tensors moved to `device`."""
+    return forward(*_moved(arguments, device), **{name: _moved(value, device) for name, value in named.items()})
 
 
 def _moved(value, device: torch.device):

@@ -14,6 +14,7 @@ from scspec import models
 from scspec.decoding import generate_cached
 from scspec.models import ALIASES, fetch_model, load_model, load_spec_models
 from scspec.sc.linear import SCLinear
+from scspec.sc.matmul import backend_module
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,11 @@ A100, T4, GEFORCE = (8, 0, 166912), (7, 5, 65536), (8, 6, 101376)
 def test_a_card_that_is_not_here_or_too_small_is_named(monkeypatch, cards, device, message):
     with pytest.raises(ValueError, match=message):
         check_with_cards(monkeypatch, cards, device)
+
+
+def test_what_a_card_needs_is_what_the_backend_asks_for():
+    cuda = backend_module("cuda")
+    assert cuda._TABLE_BYTES + cuda._STATIC_BYTES + min(cuda.STAGES) == models._SHARED_BYTES
 
 
 def test_cards_that_will_do(monkeypatch):
