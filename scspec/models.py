@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from scspec.patching import Placement, check_dtype, model_backend, patch_model, resolve_devices
 from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
+from scspec.sc.matmul import backend_module
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,6 @@ ALIASES = {
     )
 }
 
-#: Of a block of backend `cuda`: its table, the shorter of its stages, and what the kernels declare beside them.
-_SHARED_BYTES = 128 * 1024 + 32 * 1024 + 2048
 #: As the header of a safetensors file names them.
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -222,18 +221,7 @@ def check_placement(device: Placement, dtype: torch.dtype, backend: str | None) 
     backend = model_backend(backend, devices[0])
     check_dtype(dtype, backend)
     for found in devices if backend == "cuda" else ():
-        _check_card(found)
-
-
-def _check_card(device: torch.device) -> None:
-    """Raise ValueError for a GPU that cannot hold the tables of backend `cuda` in a block's shared memory."""
-    card = torch.cuda.get_device_properties(device)
-    if (card.major, card.minor) < (8, 0) or card.shared_memory_per_block_optin < _SHARED_BYTES:
-        raise ValueError(
-            f"backend='cuda': {card.name} ({device}) has compute capability {card.major}.{card.minor} and "
-            f"{card.shared_memory_per_block_optin} bytes of shared memory a block; needed are 8.0 and {_SHARED_BYTES}; "
-            f"backend 'triton' is allowed"
-        )
+        backend_module(backend).stage_bytes(found)
 
 
 def _skip_layers(model: PreTrainedModel, skipped: set[int]) -> None:

@@ -14,7 +14,6 @@ from scspec import models
 from scspec.decoding import generate_cached
 from scspec.models import ALIASES, fetch_model, load_model, load_spec_models
 from scspec.sc.linear import SCLinear
-from scspec.sc.matmul import backend_module
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +106,8 @@ def test_wrong_arguments_are_named_before_weights_are_loaded(folder, monkeypatch
 
 
 def check_with_cards(monkeypatch, cards, device, backend="cuda"):
-    """Run check_placement where torch sees `cards`: (major, minor, bytes of shared memory a block)."""
-    names = ("major", "minor", "shared_memory_per_block_optin")
-    found = [SimpleNamespace(name="A card", **dict(zip(names, card, strict=True))) for card in cards]
+    """Run check_placement where torch sees `cards`, each of so many bytes of shared memory a block."""
+    found = [SimpleNamespace(name="A card", shared_memory_per_block_optin=room) for room in cards]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -117,7 +115,7 @@ def check_with_cards(monkeypatch, cards, device, backend="cuda"):
     models.check_placement(device, torch.float16, backend)
 
 
-A100, T4, GEFORCE = (8, 0, 166912), (7, 5, 65536), (8, 6, 101376)
+A100, T4, GEFORCE = 166912, 65536, 101376
 
 
 @pytest.mark.parametrize(
@@ -126,18 +124,13 @@ A100, T4, GEFORCE = (8, 0, 166912), (7, 5, 65536), (8, 6, 101376)
         ([A100, A100], "cuda:9", "device='cuda:9': here are 'cuda:0' to 'cuda:1'"),
         ([A100, A100], ["cuda:0", "cuda:2"], "device='cuda:2'"),
         ([A100], ["cuda:0", "cpu"], "several of a kind"),
-        ([T4], "cuda", r"backend='cuda': A card \(cuda:0\) has compute capability 7.5 and 65536 bytes.*'triton' is"),
-        ([A100, GEFORCE], ["cuda:0", "cuda:1"], r"A card \(cuda:1\) has compute capability 8.6 and 101376 bytes"),
+        ([T4], "cuda", r"backend='cuda': A card \(cuda:0\) has 65536 bytes.*are 165888; backend 'triton' is"),
+        ([A100, GEFORCE], ["cuda:0", "cuda:1"], r"A card \(cuda:1\) has 101376 bytes"),
     ],
 )
 def test_a_card_that_is_not_here_or_too_small_is_named(monkeypatch, cards, device, message):
     with pytest.raises(ValueError, match=message):
         check_with_cards(monkeypatch, cards, device)
-
-
-def test_what_a_card_needs_is_what_the_backend_asks_for():
-    cuda = backend_module("cuda")
-    assert cuda._TABLE_BYTES + cuda._STATIC_BYTES + min(cuda.STAGES) == models._SHARED_BYTES
 
 
 def test_cards_that_will_do(monkeypatch):

@@ -42,7 +42,7 @@ def launched(monkeypatch):
     calls = []
     monkeypatch.setattr(cuda, "_kernel", lambda name, index: name)
     monkeypatch.setattr(cuda, "_processors", lambda index: PROCESSORS)
-    monkeypatch.setattr(cuda, "_stage_bytes", lambda index: cuda.STAGES[0])
+    monkeypatch.setattr(cuda, "stage_bytes", lambda device: cuda.STAGES[0])
     monkeypatch.setattr(cuda, "_stream", lambda index, handle: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
@@ -83,16 +83,11 @@ def test_no_kernel_spills_or_asks_for_more_than_a_card_has(arch, stage, tmp_path
             assert cuda._STATIC_BYTES + cuda._TABLE_BYTES + stage <= SHARED_BYTES[arch], name
 
 
-@pytest.mark.parametrize(("room", "stage"), [(227, 64), (163, 32), (99, None)])
+@pytest.mark.parametrize(("room", "stage"), [(227, 64), (163, 32)])
 def test_a_card_gets_the_stage_that_fits(room, stage, monkeypatch):
     properties = SimpleNamespace(shared_memory_per_block_optin=room * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "this card")
-    if stage:
-        assert cuda._stage_bytes.__wrapped__(0) == stage * 1024
-    else:
-        with pytest.raises(ValueError, match="165888 bytes of shared memory a block; this card has 101376"):
-            cuda._stage_bytes.__wrapped__(0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert cuda.stage_bytes(torch.device("cuda:0")) == stage * 1024
 
 
 @pytest.mark.parametrize("stoc_len", [128, 256])

@@ -17,7 +17,7 @@ from scspec.sc.device import TILE, DeviceTables, PackedWeight, SegmentSums
 from scspec.sc.triton import counts, pack
 from scspec.sc.triton_attention import ActivePositions, DeviceKV
 
-__all__ = ["attend", "compiled", "counts", "linear", "mix", "pack", "scores", "segment_sums"]
+__all__ = ["attend", "compiled", "counts", "linear", "mix", "pack", "scores", "segment_sums", "stage_bytes"]
 NAME = "cuda"
 SOURCES = ("cuda_counts.cu", "cuda_attention.cu")
 _FOLDER = Path(__file__).parent
@@ -42,7 +42,7 @@ def segment_sums(x: torch.Tensor, weight: PackedWeight, tables: DeviceTables) ->
     pointers = x, weight.codes, tables.ones, tables.counts, sums, scale
     sizes = rows, weight.depth, weight.chunks, weight.m_pad, spec.max_code, spec.stoc_len + 1, span
     name = f"counts_{packed_rows}{_class(tables, x.dtype)}"
-    _launch(name, (-(-units // span),), _THREADS, _TABLE_BYTES + _stage_bytes(device), x.device, *pointers, *sizes)
+    _launch(name, (-(-units // span),), _THREADS, _TABLE_BYTES + stage_bytes(x.device), x.device, *pointers, *sizes)
     return SegmentSums(sums, scale, per_chunk)
 
 
@@ -118,17 +118,17 @@ def _argument(value: torch.Tensor | float) -> int | np.generic:
     return np.int32(value) if isinstance(value, int) else np.float32(value)
 
 
-@cache
-def _stage_bytes(index: int) -> int:
-    """Return the largest of STAGES that fits a block of device `index` beside the tables."""
-    room = torch.cuda.get_device_properties(index).shared_memory_per_block_optin - _TABLE_BYTES - _STATIC_BYTES
-    fitting = [stage for stage in STAGES if stage <= room]
+def stage_bytes(device: torch.device) -> int:
+    """Return the largest of STAGES that fits a block of a GPU beside the tables.
+
+    Raises ValueError for a card without room for any; those of compute capability below 8.0 have none.
+    """
+    card, needed = torch.cuda.get_device_properties(device), _TABLE_BYTES + _STATIC_BYTES
+    fitting = [stage for stage in STAGES if needed + stage <= card.shared_memory_per_block_optin]
     if not fitting:
-        needed = _TABLE_BYTES + _STATIC_BYTES + STAGES[-1]
-        name = torch.cuda.get_device_name(index)
         raise ValueError(
-            f"backend 'cuda': needs {needed} bytes of shared memory a block; {name} has "
-            f"{room + _TABLE_BYTES + _STATIC_BYTES}. Backend 'triton' runs there"
+            f"backend='cuda': {card.name} ({device}) has {card.shared_memory_per_block_optin} bytes of shared memory a "
+            f"block; needed are {needed + min(STAGES)}; backend 'triton' is allowed"
         )
     return fitting[0]
 
@@ -147,7 +147,7 @@ def _kernel(name: str, index: int) -> Kernel:
     device = Device(index)
     device.set_current()
     source = "cuda_counts.cu" if name.startswith("counts") else "cuda_attention.cu"
-    stage = _stage_bytes(index)
+    stage = stage_bytes(torch.device("cuda", index))
     kernel = compiled(source, f"sm_{device.arch}", stage).get_kernel(name)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (error,) = driver.cuKernelSetAttribute(attribute, _TABLE_BYTES + stage, kernel.handle, index)
