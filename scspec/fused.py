@@ -116,7 +116,8 @@ def _replayed(model, input_ids, layers, state: _State, rotary, logits_to_keep: i
         return logits
     if state.graphs[key] is None:
         ids, graph = input_ids.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        stream = torch.cuda.Stream(input_ids.device)  # torch's own for captures stays on the first device that used it
+        with torch.cuda.graph(graph, stream=stream):
             logits = _launched(model, ids, layers, state.starts, rotary, logits_to_keep)
         state.graphs[key] = _Graph(graph, ids, logits, rotary)
     captured = state.graphs[key]

@@ -286,6 +286,19 @@ def test_positions_that_ignore_the_cache_would_be_caught(monkeypatch):
 
 
 @on_gpu
+def test_each_device_captures_its_own_graphs(two_devices):
+    """After a capture on the first: torch would capture on a stream of that one, and replay nothing on the second."""
+    found = []
+    for device in two_devices:
+        model, ids = patched(SC, device=device), IDS.to(device)
+        cache = model.new_kv_cache(1, 16)
+        for _ in range(3):  # launched, captured and replayed, replayed
+            found.append(model(input_ids=ids, kv_cache=cache).logits.cpu())
+            cache.rollback(0, 0)
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
+@on_gpu
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("arm", ARMS)
