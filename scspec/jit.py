@@ -8,6 +8,7 @@ package's sources has a folder of its own.
 
 import functools
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,17 +37,21 @@ def compiled(function: Callable | None = None, *, parallel: bool = False) -> Cal
 
 @functools.cache
 def _cache_folder() -> str:
-    """Return the folder of the machine code of these sources, in $NUMBA_CACHE_DIR if set, else beside this file.
+    """Return the folder of the machine code of these sources: in $NUMBA_CACHE_DIR if set, else beside this file.
 
-    Empty where it cannot be written: then nothing is cached, because numba's own choice of a folder forgets the hash.
+    Where that cannot be written, it lies in the user's cache folder; empty, for no cache, if not even there, because
+    numba's own choice of a folder forgets the hash.
     """
     sources = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         sources.update(f"{path.relative_to(_PACKAGE)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
-    folder = Path(numba.config.CACHE_DIR or _PACKAGE / "__pycache__") / f"kernels-{sources.hexdigest()[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        return ""
-    return str(folder)
+    users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scspec"
+    for place in [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else [_PACKAGE / "__pycache__", users]:
+        folder = place / f"kernels-{sources.hexdigest()[:16]}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError:
+            continue
+        return str(folder)
+    return ""

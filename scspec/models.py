@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from scspec.patching import Placement, check_dtype, model_backend, patch_model, resolve_devices
+from scspec.patching import Placement, check_dtype, layer_devices, model_backend, patch_model, resolve_devices
 from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
 from scspec.sc.matmul import backend_module
@@ -72,7 +72,7 @@ def fetch_model(name: str) -> dict:
 
 
 def _fetch_folder(name: str) -> Path:
-    """Return the folder of model `name`, fetched if need be."""
+    """Return the folder of model `name`, weights and all, fetched if need be."""
     if name in ALIASES:
         return _fetch_alias(name)
     return Path(name) if Path(name).is_dir() else _fetch_from_hub(name)
@@ -156,9 +156,7 @@ def _convert_gguf(gguf: Path, folder: Path, manifest: dict) -> None:
 
 def local_folder(name: str) -> str:
     """Return what `from_pretrained` takes: the folder of an alias (fetched if need be), else the name itself."""
-    if name not in ALIASES:
-        return name
-    return str(_fetch_alias(name))
+    return str(_fetch_alias(name)) if name in ALIASES else name
 
 
 def load_model(
@@ -181,11 +179,11 @@ def load_model(
     """
     check_placement(device, dtype, backend)
     resolve_knobs(sc_overrides)
-    location = local_folder(name)
-    layers = AutoConfig.from_pretrained(location).num_hidden_layers
+    layers = AutoConfig.from_pretrained(local_folder(name)).num_hidden_layers
     wrong = [index for index in skip_layers if not 0 <= index < layers]
     if wrong or len(set(skip_layers)) >= layers:
         raise ValueError(f"skip_layers={list(skip_layers)}: {name} has layers 0..{layers - 1}, and one must remain")
+    layer_devices(layers - len(set(skip_layers)), resolve_devices(device))
     model = _mapped_model(name)
     _skip_layers(model, set(skip_layers))
     where = {"device": device, "dtype": dtype, "backend": backend}

@@ -8,8 +8,6 @@ Not covered: where weights come from (`models`). Other model families than Llama
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import repeat
-from operator import contains
 from types import MethodType, SimpleNamespace
 
 import torch
@@ -66,7 +64,8 @@ def patch_model(
     model.eval().requires_grad_(False)
     # What the leaves read; refreshed from the config before each forward.
     model.sc_knobs = SimpleNamespace(**knobs, backend=backend)
-    if devices[0] != devices[-1]:  # tied weights part: each end has its own
+    spread = len(set(devices)) > 1
+    if spread:  # tied weights part: each end has its own
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach(), requires_grad=False)
     _replace_leaves(model)
     _replace_attention(model, devices)
@@ -77,7 +76,7 @@ def patch_model(
         _settle(part, devices[0], dtype, keep_float_weights)
     for part, device in zip((*llama.layers, llama.norm, model.lm_head), (*devices, *devices[-1:] * 2), strict=True):
         _settle(part, device, dtype, keep_float_weights)
-        if devices[0] != devices[-1]:
+        if spread:
             part.forward = partial(_on_device, part.forward, device)
     model.config.dtype = dtype
     model.wiring = _Wiring(model)
@@ -150,12 +149,16 @@ class _Wiring:
         self._children = [module._modules for module in modules]
         self._wired = [dict(children) for children in self._children]
         self._hooks = [hooks for module in modules[1:] for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self._plain = [module for module in modules[1:] if "forward" not in vars(module)]
+        self._modules = modules[1:]
+        self._forwards = self._present_forwards()
 
     def holds(self) -> bool:
-        """Return whether every module is the one put there, without a forward hook or a forward of its own."""
-        own = map(contains, map(vars, self._plain), repeat("forward"))
-        return self._children == self._wired and not any(self._hooks) and not any(own)
+        """Return whether every module is the one put there, with the forward it had, and without a forward hook."""
+        same = self._children == self._wired and self._present_forwards() == self._forwards
+        return same and not any(self._hooks)
+
+    def _present_forwards(self) -> list:
+        return [vars(module).get("forward") for module in self._modules]
 
 
 def check_dtype(dtype: torch.dtype, backend: str) -> None:
@@ -168,13 +171,14 @@ def check_dtype(dtype: torch.dtype, backend: str) -> None:
 def _settle(part: nn.Module, device: torch.device, dtype: torch.dtype, keep_float_weights: bool) -> None:
     """Move a part of the model to `device`, its parameters as `dtype`, in place, so that tied ones stay tied.
 
-    What is not an SCLinear is copied even where it could stay: a norm that lies in a mapped file would keep the whole
-    file in memory. Buffers keep their dtype: Hugging Face's rotary frequencies are float32 in every model.
+    What is not an SCLinear's weight is copied even where it could stay: a norm that lies in a mapped file would keep
+    the whole file in memory. Buffers keep their dtype: Hugging Face's rotary frequencies are float32 in every model.
     """
     linears = [module for module in part.modules() if isinstance(module, SCLinear)]
     for module in part.modules():
-        for parameter in module.parameters(recurse=False) if module not in linears else ():
-            parameter.data = parameter.data.to(device, dtype, copy=True)
+        for name, parameter in module.named_parameters(recurse=False):
+            if not (isinstance(module, SCLinear) and name == "weight"):
+                parameter.data = parameter.data.to(device, dtype, copy=True)
     for shared in dict.fromkeys(linear.shared for linear in linears):
         shared.settle(device, dtype, keep_float_weights)
     part.to(device)
@@ -251,7 +255,10 @@ AttentionMaskInterface.register(_ATTENTION_NAME, _no_mask)
 
 
 def _new_kv_cache(model: PreTrainedModel, batch: int, capacity: int) -> KVCache:
-    """Return an empty cache for `batch` sequences of up to `capacity` tokens."""
+    """Return an empty cache for `batch` sequences of up to `capacity` tokens, at most the model's positions."""
+    limit = model.config.max_position_embeddings
+    if capacity > limit:
+        raise ValueError(f"KV cache: capacity {capacity}; the model has {limit} positions (max_position_embeddings)")
     _refresh_knobs(model)
     stores = [attention.new_store(batch, capacity, model.dtype) for attention in model.attentions]
     if model.sc_knobs.backend in GPU_BACKENDS:
@@ -296,9 +303,6 @@ def _forward(
         raise ValueError(f"input_ids has {batch} sequences; the KV cache was made for {cache.batch}")
     if max(cache.lengths) + steps > cache.capacity:
         raise ValueError(f"KV cache: {max(cache.lengths)} + {steps} tokens; its capacity is {cache.capacity}")
-    limit = model.config.max_position_embeddings
-    if max(cache.lengths) + steps > limit:
-        raise ValueError(f"input_ids: {max(cache.lengths)} + {steps} tokens; max_position_embeddings is {limit}")
     logits = _logits(model, input_ids, cache, logits_to_keep)
     cache.advance(steps)
     return CausalLMOutput(logits=logits)

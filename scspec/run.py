@@ -66,9 +66,14 @@ def _check_cell(cell: Cell, gpus: int) -> None:
     here = torch.cuda.device_count() if cell.device == "cuda" else 1
     if not 1 <= gpus <= here:
         raise ValueError(f"gpus={gpus}: allowed are 1..{here} with device {cell.device!r} here")
+    check_placement(_devices(cell, gpus), getattr(torch, cell.dtype), cell.backend)
     for side in (cell.target, cell.draft):
         resolve_knobs(_overrides(side))
     check_vocabularies(cell.target.model, cell.draft.model)
+
+
+def _devices(cell: Cell, gpus: int) -> str | list[str]:
+    return cell.device if gpus == 1 else [f"cuda:{index}" for index in range(gpus)]
 
 
 def _check_length(cell: Cell, prompt: Prompt, turn: int, tokens: int, limit: int) -> None:
@@ -87,8 +92,7 @@ def _overrides(side: Side) -> dict:
 
 def _load(cell: Cell, gpus: int) -> list:
     """Return target and draft, each spread over as many GPUs."""
-    device = cell.device if gpus == 1 else [f"cuda:{index}" for index in range(gpus)]
-    where = {"device": device, "dtype": getattr(torch, cell.dtype), "backend": cell.backend}
+    where = {"device": _devices(cell, gpus), "dtype": getattr(torch, cell.dtype), "backend": cell.backend}
     return [
         load_model(side.model, sc_overrides=_overrides(side), skip_layers=side.skip_layers, **where)
         for side in (cell.target, cell.draft)
@@ -102,6 +106,7 @@ class _Run:
         self.cell, self.prompts, self.tokenizer = cell, prompts, tokenizer
         self.target, self.draft = target, draft
         self.prompts_per_batch = prompts_per_batch
+        self.limit = min(model.config.max_position_embeddings for model in (target, draft))
         self.sampling = SamplingConfig(**vars(cell.sampling))
         self.eos_token_ids = _eos_token_ids(target, tokenizer)
         self.prompt_ids: list[list[list[int]]] = [[] for _ in prompts]  # by prompt and turn
@@ -134,10 +139,9 @@ class _Run:
     def _conversation(self, prompt: Prompt, prompt_ids: list[list[int]]) -> Conversation:
         """Yield the prompt's turns, each after the reply to the one before, and append their ids to `prompt_ids`."""
         cell, history = self.cell, []
-        limit = min(model.config.max_position_embeddings for model in (self.target, self.draft))
         for turn, text in enumerate(prompt.turns):
             ids = encode_turn(self.tokenizer, history, text)
-            _check_length(cell, prompt, turn, len(ids), limit)
+            _check_length(cell, prompt, turn, len(ids), self.limit)
             prompt_ids.append(ids)
             draws = Draws(key_from(cell.sampling_seed, prompt.prompt_id, turn))
             new_ids = yield Turn(ids, cell.max_new_tokens, draws)
@@ -148,7 +152,8 @@ class _Run:
         """Return the positions that the longest prompt is likely to need; replies may encode to more tokens again."""
         cell = self.cell
         asked = [[len(encode_turn(self.tokenizer, [], text)) for text in prompt.turns] for prompt in self.prompts]
-        return max(sum(turns) + len(turns) * cell.max_new_tokens for turns in asked) + cell.gamma
+        likely = max(sum(turns) + len(turns) * cell.max_new_tokens for turns in asked) + cell.gamma
+        return min(likely, self.limit)
 
     def _keys(self) -> dict:
         cell = self.cell

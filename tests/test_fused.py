@@ -226,7 +226,7 @@ def test_identity_accepts_everything(overrides, gamma, sampling):
 
 @pytest.fixture
 def two_devices():
-    """Two GPUs; without any, the CPU under two names, between which a forward moves its rows all the same."""
+    """Two GPUs; without any, the CPU under two names: other keys for each, though torch sees nothing to move there."""
     if DEVICE.type == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
     return [f"{DEVICE.type}:0", f"{DEVICE.type}:1"]

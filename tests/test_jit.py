@@ -73,6 +73,18 @@ def test_nothing_is_cached_where_nothing_can_be_written(standin: Path, tmp_path:
     assert not list(standin.rglob("*.nbi"))
 
 
+def test_a_package_that_cannot_be_written_caches_with_the_user(standin: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    (standin / "__pycache__").touch()  # a file, because whoever is root may write in any folder
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment.pop("NUMBA_CACHE_DIR", None)
+    command = [sys.executable, "-m", "standin.caller"]
+    said = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout for _ in "ab"]
+    assert said == ["30 10 0\n", "30 10 1\n"]
+    assert list((tmp_path / "user" / "scspec").glob("kernels-*"))
+
+
 def test_code_from_the_cache_finds_numbas_threads_started(tmp_path: Path) -> None:
     """A layer compiled while its parallel callees came from the cache does not start them when it comes from there."""
     path = f"{TESTS}{os.pathsep}{TESTS.parent}"

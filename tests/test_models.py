@@ -97,6 +97,7 @@ def test_a_folder_without_safetensors_is_refused(tmp_path):
         ({"device": []}, r"device=\[\]"),
         ({"dtype": torch.float16}, "torch.float16"),
         ({"sc_overrides": {"sc_prec": 1}}, "sc_prec=1"),
+        ({"device": ["cpu"] * 40}, "40 devices for"),
     ],
 )
 def test_wrong_arguments_are_named_before_weights_are_loaded(folder, monkeypatch, arguments, message):

@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
+from scspec.decoding import generate_cached
 from scspec.patching import _fused_forward, _on_device, knobs_of, layer_devices, patch_model
 from scspec.sc.knobs import PRESETS, SC_CONFIG_DEFAULTS, resolve_knobs
 from scspec.sc.linear import SCLinear
@@ -19,8 +20,8 @@ def logits(model, ids=IDS):
         return model(input_ids=ids).logits
 
 
-def patched(overrides=None, seed=0, keep_float_weights=False, **changed):
-    return patch_model(tiny_model(seed, **changed), overrides, keep_float_weights=keep_float_weights)
+def patched(overrides=None, seed=0, keep_float_weights=False, device=None, **changed):
+    return patch_model(tiny_model(seed, **changed), overrides, device=device, keep_float_weights=keep_float_weights)
 
 
 def check_pieces(model, sizes=(4, 1, 5, 1)):
@@ -183,13 +184,17 @@ def test_wrong_tokens_are_named_before_anything_is_written(arguments, message):
 
 
 def test_positions_that_the_model_does_not_have_are_refused():
+    """When the cache is made, so that no text is lost on the way."""
     model = patched(max_position_embeddings=11)
-    cache = model.new_kv_cache(1, 16)
     logits(model)
-    with torch.inference_mode():
-        model(input_ids=IDS, kv_cache=cache)
-        with pytest.raises(ValueError, match=r"input_ids: 11 \+ 1 tokens; max_position_embeddings is 11"):
-            model(input_ids=IDS[:, :1], kv_cache=cache)
+    model.new_kv_cache(1, 11)
+    message = r"KV cache: capacity 12; the model has 11 positions \(max_position_embeddings\)"
+    with pytest.raises(ValueError, match=message):
+        model.new_kv_cache(1, 12)
+    with pytest.raises(ValueError, match=message):
+        logits(model, IDS[:, [0] * 12])
+    with pytest.raises(ValueError, match=r"capacity 15; the model has 11"):
+        generate_cached(model, model, IDS[:, :4], max_new_tokens=8, gamma=2, eos_token_id=[])
 
 
 def test_a_full_cache_is_refused_before_anything_is_written():
@@ -353,9 +358,10 @@ PATHS = ["post_attention_layernorm", "mlp", "mlp.act_fn", "mlp.down_proj", "self
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("way", ["module", "hook", "pre-hook", "forward"])
-def test_what_is_put_in_by_hand_is_used(path, way):
+@pytest.mark.parametrize("device", ["cpu", ["cpu:0", "cpu:1"]], ids=["one device", "two"])
+def test_what_is_put_in_by_hand_is_used(path, way, device):
     """The fused forward would pass it by. Taken out again, the bits are as before."""
-    model = patched()
+    model = patched(device=device)
     before, path = logits(model), f"model.layers.1.{path}"
     module = model.get_submodule(path)
     assert _fused_forward(model)
@@ -378,6 +384,24 @@ def test_what_is_put_in_by_hand_is_used(path, way):
         handle.remove()
     assert _fused_forward(model)
     assert torch.equal(logits(model), before)
+
+
+def test_a_forward_put_over_a_spread_layers_own_is_used():
+    """The layer's own moves its rows to its device, and is a forward of the instance already."""
+    model = patched(device=["cpu:0", "cpu:1"])
+    before, layer = logits(model), model.model.layers[1]
+    moving = layer.forward
+    layer.forward = lambda *arguments, **named: moving(*arguments, **named) / 2
+    assert _fused_forward(model) is None
+    assert not torch.equal(logits(model), before)
+    layer.forward = moving
+    assert _fused_forward(model)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_device_named_twice_moves_rows_all_the_same():
+    model = patched(device=["cpu:0", "cpu:1", "cpu:0"])
+    assert all(layer.forward.func is _on_device for layer in model.model.layers)
 
 
 def test_layers_taken_out_by_hand_are_left_out():

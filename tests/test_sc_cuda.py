@@ -77,10 +77,10 @@ def test_no_kernel_spills_or_asks_for_more_than_a_card_has(arch, stage, tmp_path
         threads = cuda._THREADS if name.startswith("counts") else cuda._HEAD_THREADS
         assert (used["STACK"], used["LOCAL"]) == (0, 0), name
         assert used["REG"] * threads <= REGISTERS, name
-        if name.startswith("counts"):
-            reserved = 1024 if arch == "sm_90" else 0  # the listing counts what the system keeps
-            assert used["SHARED"] - reserved <= cuda._STATIC_BYTES, name
-            assert cuda._STATIC_BYTES + cuda._TABLE_BYTES + stage <= SHARED_BYTES[arch], name
+        reserved = 1024 if arch == "sm_90" else 0  # the listing counts what the system keeps
+        declared = used["SHARED"] - reserved
+        assert declared + cuda.dynamic_bytes(name, stage) <= SHARED_BYTES[arch], name
+        assert declared <= cuda._STATIC_BYTES or not name.startswith("counts"), name
 
 
 @pytest.mark.parametrize(("room", "stage"), [(227, 64), (163, 32)])
@@ -100,6 +100,8 @@ def test_attention_asks_for_what_its_kernels_index(launched, head_dim, stoc_len)
     words = -(-head_dim // 4)
     assert score.grid[:2] == (3, 2)
     assert score.shmem_size == words * 4 * 128 * (2 if stoc_len > 255 else 1) + words * 4 * 4 + words * 4
+    assert score.shmem_size <= cuda.dynamic_bytes("score", cuda.STAGES[0])
+    assert mix.shmem_size == 0
     assert mix.grid[:2] == (3, -(-head_dim // 128))
     assert arguments[-2] == min(32, 2 ** math.ceil(math.log2(words)))
 

@@ -26,7 +26,7 @@ _WARPS = _THREADS // 32
 #: Room for lines of counts: all of a segment's fit in the first, half of them in the second. Measured on an H100,
 #: 4096 -> 4096, 5 rows: 17.8 and 19.3 us.
 STAGES = (64 * 1024, 32 * 1024)
-_HEAD_THREADS = 256  # of the attention's kernels
+_HEAD_THREADS, _SCORE_BYTES = 256, 96 * 1024  # of the attention's kernels; room for 256 dimensions in any stream
 _DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -121,7 +121,7 @@ def _argument(value: torch.Tensor | float) -> int | np.generic:
 def stage_bytes(device: torch.device) -> int:
     """Return the largest of STAGES that fits a block of a GPU beside the tables.
 
-    Raises ValueError for a card without room for any; those of compute capability below 8.0 have none.
+    Raises ValueError for a card without room for any: all but data centre cards from the A100 on.
     """
     card, needed = torch.cuda.get_device_properties(device), _TABLE_BYTES + _STATIC_BYTES
     fitting = [stage for stage in STAGES if needed + stage <= card.shared_memory_per_block_optin]
@@ -131,6 +131,11 @@ def stage_bytes(device: torch.device) -> int:
             f"block; needed are {needed + min(STAGES)}; backend 'triton' is allowed"
         )
     return fitting[0]
+
+
+def dynamic_bytes(name: str, stage: int) -> int:
+    """Return how much shared memory a launch of a kernel may ask for, beside what the kernel declares."""
+    return {"counts": _TABLE_BYTES + stage, "score": _SCORE_BYTES, "mix": 0}[name.split("_")[0]]
 
 
 @cache
@@ -150,9 +155,10 @@ def _kernel(name: str, index: int) -> Kernel:
     stage = stage_bytes(torch.device("cuda", index))
     kernel = compiled(source, f"sm_{device.arch}", stage).get_kernel(name)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (error,) = driver.cuKernelSetAttribute(attribute, _TABLE_BYTES + stage, kernel.handle, index)
+    room = dynamic_bytes(name, stage)
+    (error,) = driver.cuKernelSetAttribute(attribute, room, kernel.handle, index)
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"backend 'cuda': {name}: no {_TABLE_BYTES + stage} bytes of shared memory: {error.name}")
+        raise RuntimeError(f"backend 'cuda': {name}: no {room} bytes of shared memory: {error.name}")
     return kernel
 
 

@@ -16,7 +16,7 @@ BACKENDS = {
     "triton": "scspec.sc.triton",
     "cuda": "scspec.sc.cuda",
 }
-#: The backends of a GPU. `cuda` is `triton` with the few-row linear layer in CUDA C++.
+#: The backends of a GPU. `cuda` is `triton` with the counts of linear layers and of attention in CUDA C++.
 GPU_BACKENDS = ("triton", "cuda")
 #: What `backend=None` means on each device type. A device not listed has no default: nothing falls back.
 DEFAULT_BACKEND = {"cpu": "cpu", "cuda": "cuda"}

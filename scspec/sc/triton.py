@@ -22,10 +22,9 @@ __all__ = ["attend", "counts", "linear", "pack", "rescale", "segment_sums"]
 NAME = "triton"
 #: What `rescale` does with the products. ADD: adds them to another tensor. SILU_MUL: silu(first half) * second half.
 STORE, ADD, SILU_MUL = 0, 1, 2
-_FINISHED, _AHEAD = (
-    32,
-    16,
-)  # outputs that a program (a warp) rescales, and how many of its chunks it loads before adding
+#: Outputs that a program (one warp) rescales, and chunks that it loads before it adds the first. Measured on an H100,
+#: 4096 -> 4096, 1 and 5 rows: 3.0 and 5.0 us; 128 outputs 4.6 and 7.1, 16 outputs 3.0 and 5.8, 4 chunks 3.9 and 5.7.
+_FINISHED, _AHEAD = 32, 16
 _ROWS, _OUTPUTS, _DIMS = 4, 128, 16  # rows, outputs and dimensions of one step
 
 
