@@ -23,6 +23,9 @@ from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token
 from scspec.results import write_cell
 from scspec.sc.knobs import PRESETS, resolve_knobs
 
+#: Blocks decoded before the first that counts, in each slot, if all their proposals are accepted; else more.
+WARM_UP_BLOCKS = 4
+
 
 def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: int = 1, gpus: int = 1) -> None:
     """Decode the cell's prompts and write its Parquet file (docs/architecture.md, "Seam 3") to `output`.
@@ -127,14 +130,18 @@ class _Run:
 
     def _blocks(self) -> Iterator[tuple[int, int, Block]]:
         slots, capacity = min(self.prompts_per_batch, len(self.prompts)), self._capacity()
-        return decode_batch(
-            CachedScorer(self.target, capacity, slots),
-            CachedScorer(self.draft, capacity, slots),
-            [self._conversation(prompt, ids) for prompt, ids in zip(self.prompts, self.prompt_ids, strict=True)],
-            gamma=self.cell.gamma,
-            sampling=self.sampling,
-            eos_token_ids=self.eos_token_ids,
-        )
+        scorers = CachedScorer(self.target, capacity, slots), CachedScorer(self.draft, capacity, slots)
+        options = {"gamma": self.cell.gamma, "sampling": self.sampling}
+        for _ in decode_batch(*scorers, self._warm_up(slots), **options, eos_token_ids=frozenset()):
+            pass
+        conversations = [self._conversation(*each) for each in zip(self.prompts, self.prompt_ids, strict=True)]
+        return decode_batch(*scorers, conversations, **options, eos_token_ids=self.eos_token_ids)
+
+    def _warm_up(self, slots: int) -> list[Conversation]:
+        """Return conversations whose blocks nobody counts: what is compiled or captured there is in no block's time."""
+        ids = encode_turn(self.tokenizer, [], self.prompts[0].turns[0])
+        budget = min(WARM_UP_BLOCKS * (self.cell.gamma + 1), self.cell.max_new_tokens)
+        return [(turn for turn in [Turn(ids, budget, Draws(0))]) for _ in range(slots)]
 
     def _conversation(self, prompt: Prompt, prompt_ids: list[list[int]]) -> Conversation:
         """Yield the prompt's turns, each after the reply to the one before, and append their ids to `prompt_ids`."""

@@ -92,6 +92,29 @@ def test_prompts_side_by_side_give_the_same_rows(cells, tmp_path, arm):
         assert metadata["prompts"] == runs[0][1]["prompts"]
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("arm", ["sc_sc", "identity"])
+def test_what_blocks_feed_has_been_fed_before_the_first_that_counts(cells, tmp_path, monkeypatch, arm, slots):
+    """A shape seen for the first time is compiled, on a GPU captured: seconds that are no block's."""
+    fed, phases, feed, decode = [], [], run.CachedScorer.feed, run.decode_batch
+
+    def noted(scorer, ids, rows):
+        fed.append((len(phases), (id(scorer), tuple(ids.shape), rows)))
+        return feed(scorer, ids, rows)
+
+    def begun(*scorers, **options):
+        phases.append(scorers[:2])
+        return decode(*scorers, **options)
+
+    monkeypatch.setattr(run.CachedScorer, "feed", noted)
+    monkeypatch.setattr(run, "decode_batch", begun)
+    cell = dataclasses.replace(cells[arm], max_new_tokens=20)
+    run_to(tmp_path / "cell.parquet", cell, prompts_per_batch=slots)
+    warm, counted = ({what for phase, what in fed if phase == n} for n in (1, 2))
+    assert phases[0] == phases[1]
+    assert counted <= warm
+
+
 def test_identity_is_exactly_one_and_its_text_the_targets(cells, tmp_path):
     cell = cells["identity"]
     blocks, _ = run_to(tmp_path / "cell.parquet", cell)
