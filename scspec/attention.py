@@ -120,9 +120,9 @@ def attend_rows(query, store, start: torch.Tensor, scaling: float, knobs) -> tor
 
 
 def _gpu_sc():
-    from scspec.sc import triton_attention
+    from scspec.sc import triton_kv
 
-    return triton_attention
+    return triton_kv
 
 
 def _gpu_floats():

@@ -16,7 +16,7 @@ import torch
 from scspec.attention import GENERIC, RowKV, attend_rows, write_rows
 from scspec.decoding.cache import KVCache
 from scspec.invariant import triton as invariant
-from scspec.sc import triton_attention
+from scspec.sc import triton_kv
 from scspec.sc.knobs import stream_spec
 from scspec.sc.linear import SharedInput
 from scspec.sc.matmul import GPU_BACKENDS, backend_module
@@ -166,7 +166,7 @@ def _attention(module, x: torch.Tensor, store, start, cos, sin) -> torch.Tensor:
         query, key = (invariant.rotary(part, cos, sin, start) for part in (query, key))
         write_rows(key, value, store, start)
     else:
-        query = triton_attention.rotate_and_write(qkv, cos, sin, store, start, heads)
+        query = triton_kv.rotate_and_write(qkv, cos, sin, store, start, heads)
     return attend_rows(query, store, start, module.scaling, attention.knobs).view(batch * steps, -1)
 
 

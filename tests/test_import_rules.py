@@ -24,7 +24,10 @@ ONLY_IN = {
     "altair": {"charts.py", "report.py"},
     "transformers": {"models.py", "patching.py"},
     "submitit": set(),
-    "triton": {"invariant/triton.py", "sc/triton.py", "sc/triton_attention.py", "sc/triton_encoding.py"},
+    "triton": {
+        *("invariant/triton.py", "sc/triton.py", "sc/triton_attention.py"),
+        *("sc/triton_encoding.py", "sc/triton_kv.py"),
+    },
     "cuda": {"sc/cuda.py"},
 }
 

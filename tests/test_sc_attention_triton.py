@@ -9,7 +9,8 @@ from scspec.sc.device import device_tables
 from scspec.sc.encoding import encode, encode_causal
 from scspec.sc.matmul import finish, scaled_sums
 from scspec.sc.streams import resolve_streams
-from scspec.sc.triton_attention import DeviceKV, active_positions, attend, rotate_and_write, write
+from scspec.sc.triton_attention import active_positions, attend
+from scspec.sc.triton_kv import DeviceKV, rotate_and_write, write
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPEC = resolve_streams("bipolar", 8, 96, 128)

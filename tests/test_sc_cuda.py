@@ -16,7 +16,8 @@ from test_sc_triton import DTYPES, operands, packed, specified
 from scspec.sc import cuda, triton
 from scspec.sc.device import CHUNK, TILE, device_tables
 from scspec.sc.streams import resolve_streams
-from scspec.sc.triton_attention import ActivePositions, DeviceKV
+from scspec.sc.triton_attention import ActivePositions
+from scspec.sc.triton_kv import DeviceKV
 
 CUOBJDUMP = Path(find_spec("triton").origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 ROWS = (1, 2, 3, 4, 5, 8, 9, 64)

@@ -15,7 +15,8 @@ from cuda.core import Device, Kernel, LaunchConfig, ObjectCode, Program, Program
 from scspec.sc import triton, triton_attention
 from scspec.sc.device import TILE, DeviceTables, PackedWeight, SegmentSums
 from scspec.sc.triton import counts, pack
-from scspec.sc.triton_attention import ActivePositions, DeviceKV
+from scspec.sc.triton_attention import ActivePositions
+from scspec.sc.triton_kv import DeviceKV
 
 __all__ = ["attend", "compiled", "counts", "linear", "mix", "pack", "scores", "segment_sums", "stage_bytes"]
 NAME = "cuda"
@@ -51,31 +52,35 @@ linear = partial(triton.linear, counted=segment_sums)
 
 def scores(query: torch.Tensor, store: DeviceKV, start, scaling: float, tables: DeviceTables) -> torch.Tensor:
     """Return what `triton_attention.scores` does."""
-    spec, heads, head_dim = tables.spec, query.shape[2], query.shape[3]
+    spec = tables.spec
     found = torch.empty(query.shape[:3].numel(), store.capacity, device=query.device)
     line_bytes = tables.width * tables.counts.element_size()
     shared_bytes = store.words * (4 * (line_bytes + 4) + 4)  # a head's lines, their numbers, the signs of a word
     grid = found.shape[0], -(-store.capacity // _HEAD_THREADS)
     pointers = query, store.k_words, store.k_scale, start, tables.ones, tables.counts, found
-    sizes = query.shape[1], store.capacity, store.words, heads, heads // store.k_words.shape[1], head_dim
     floats = float(spec.max_code), spec.max_code**2 / spec.stoc_len, scaling
     name = f"score{_class(tables, query.dtype)}"
-    _launch(name, grid, _HEAD_THREADS, shared_bytes, query.device, *pointers, *sizes, spec.stoc_len + 1, *floats)
+    _launch(name, grid, _HEAD_THREADS, shared_bytes, query.device, *pointers, *_sizes(query, store, tables), *floats)
     return found
 
 
 def mix(found: torch.Tensor, active: ActivePositions, query, store: DeviceKV, tables: DeviceTables) -> torch.Tensor:
     """Return what `triton_attention.mix` does."""
-    spec, heads, head_dim = tables.spec, query.shape[2], query.shape[3]
     out = torch.empty_like(query).flatten(2)
     grid = found.shape[0], -(-store.words // 32)
     width = min(32, 1 << (store.words - 1).bit_length())
     pointers = found, active.count, active.scale, store.v_words, tables.counts, out
-    sizes = query.shape[1], store.capacity, store.words, heads, heads // store.k_words.shape[1], head_dim
-    factor = spec.max_code**2 / spec.stoc_len
+    factor = tables.spec.max_code**2 / tables.spec.stoc_len
     name = f"mix{_class(tables, query.dtype)}"
-    _launch(name, grid, _HEAD_THREADS, 0, query.device, *pointers, *sizes, spec.stoc_len + 1, width, factor)
+    _launch(name, grid, _HEAD_THREADS, 0, query.device, *pointers, *_sizes(query, store, tables), width, factor)
     return out
+
+
+def _sizes(query: torch.Tensor, store: DeviceKV, tables: DeviceTables) -> tuple[int, ...]:
+    """Return what both kernels of the attention take: steps, capacity, words, heads, heads a KV head, ..., lines."""
+    steps, heads, head_dim = query.shape[1:]
+    shared = heads // store.k_words.shape[1]
+    return steps, store.capacity, store.words, heads, shared, head_dim, tables.spec.stoc_len + 1
 
 
 attend = partial(triton_attention.attend, scored=scores, mixed=mix)

@@ -1,4 +1,4 @@
-// Integer parts of causal SC attention over the stores of `triton_attention`: query-key products, and P @ V over the list
+// Integer parts of causal SC attention over the stores of `triton_kv`: query-key products, and P @ V over the list
 // of positions that have ones. The floats in between (softmax, the codes of P) are Triton's, for both backends.
 //
 // A row is a head of a new token: row = (sequence * steps + step) * heads + head. What a look-up needs is a line of 128
