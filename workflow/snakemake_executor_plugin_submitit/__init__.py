@@ -1,0 +1,227 @@
+"""Snakemake executor plugin `submitit`: jobs go out through submitit, as Slurm job arrays, or to this machine.
+
+    snakemake --executor submitit --jobs 500 [--submitit-partition gpu ...]
+
+A job is a Snakemake of its own on the node, as with every remote executor. What Snakemake's resources mean here:
+`options_of`. Works for any workflow whose folder the nodes share. Jobs that a killed Snakemake left behind are found
+again by what they do (`attempts.Ledger`), so that nothing runs twice.
+"""
+
+import secrets
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from snakemake_interface_common.exceptions import WorkflowError
+from snakemake_interface_executor_plugins.executors.base import SubmittedJobInfo
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+from snakemake_interface_executor_plugins.settings import CommonSettings, ExecutorSettingsBase
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from snakemake_executor_plugin_submitit.attempts import Attempt, Command, Ledger, identity
+from snakemake_executor_plugin_submitit.clusters import CLUSTERS, Options
+
+common_settings = CommonSettings(
+    non_local_exec=True,
+    implies_no_shared_fs=False,
+    job_deploy_sources=False,
+    pass_default_storage_provider_args=True,
+    pass_default_resources_args=True,
+    pass_envvar_declarations_to_cmd=True,
+    auto_deploy_default_storage_provider=False,
+    pass_group_args=True,
+)
+
+
+def _setting(default, told: str, **metadata):
+    return field(default=default, metadata={"help": told, **metadata})
+
+
+@dataclass
+class ExecutorSettings(ExecutorSettingsBase):
+    cluster: str = _setting(
+        "slurm",
+        "Where jobs run: slurm; local: processes of this machine; debug: one after the other in this process.",
+        choices=sorted(CLUSTERS),
+    )
+    folder: Path = _setting(
+        Path(".snakemake/submitit"), "Where submissions and their logs are kept; the nodes must see it."
+    )
+    partition: str | None = _setting(None, "Slurm partition, if a rule names none.", type=str)
+    account: str | None = _setting(None, "Slurm account, if a rule names none.", type=str)
+    qos: str | None = _setting(None, "Slurm quality of service, if a rule names none.", type=str)
+    constraint: str | None = _setting(None, "Features a node must have, if a rule names none.", type=str)
+    gres: str | None = _setting(
+        None, "What a rule with `gpus` asks for, where --gpus-per-node is not known: gpu:a100:{gpus}.", type=str
+    )
+    setup: list | None = _setting(None, "Shell lines that run first in each job: 'module load ...'.", nargs="+", type=str)
+    sbatch: list | None = _setting(None, "Further options of sbatch: exclude=n13 reservation=x.", nargs="+", type=str)
+    array_size: int = _setting(1000, "Most jobs of one array; Slurm's MaxArraySize is often 1001.")
+    poll_interval: int = _setting(10, "Seconds between two looks at the jobs, at all at once.")
+    warning: int = _setting(90, "Seconds before its time limit at which a job is told, and put back in the queue.")
+    requeues: int = _setting(3, "How often a job that reached its time limit is put back in the queue by itself.")
+
+
+class Executor(RemoteExecutor):
+    def __post_init__(self) -> None:
+        settings = self.workflow.executor_settings
+        _check(settings)
+        self._run = f"snakemake-{secrets.token_hex(6)}"
+        self._cluster = CLUSTERS[settings.cluster](self._run)
+        self._ledger = Ledger(settings.folder)
+        self._left_behind: list[Attempt] | None = None  # by a Snakemake before this one; looked up once
+        self._attempts: dict[str, Attempt] = {}  # all that have not ended, by id
+        self._missing_since: dict[str, float] = {}
+        self._unreachable = False
+        self.next_seconds_between_status_checks = settings.poll_interval
+
+    def run_job(self, job) -> None:
+        self._submit([job])
+
+    def run_jobs(self, jobs: list) -> None:
+        """Submit all jobs that are ready, those that ask for the same as one array."""
+        signal.signal(signal.SIGTERM, _interrupt)  # Snakemake's own handler would wait for the jobs to end
+        for job in jobs:
+            self.run_job_pre(job)
+        self._submit(jobs)
+
+    def _submit(self, jobs: list) -> None:
+        settings, arrays = self.workflow.executor_settings, {}
+        for job in jobs:
+            if attempt := self._attempt_of(identity(job)):
+                self.logger.info(f"Job {job.jobid} is already on its way as {attempt.id}; waiting for that one.")
+                self._follow(job, attempt)
+                continue
+            try:
+                arrays.setdefault(options_of(job, settings), []).append(job)
+            except ValueError as error:
+                self.report_job_error(SubmittedJobInfo(job), msg=f"{error}\n")
+        for options, members in arrays.items():
+            for first in range(0, len(members), settings.array_size):
+                self._submit_array(options, members[first : first + settings.array_size])
+
+    def _submit_array(self, options: Options, jobs: list) -> None:
+        commands = [Command(self.format_job_exec(job), identity(job)) for job in jobs]
+        try:
+            folder = self._ledger.new_folder()
+            ids = self._cluster.submit(folder, commands, options)
+        except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError, OSError) as error:
+            reason = " ".join(str(getattr(error, "stderr", None) or error).split())
+            for job in jobs:
+                self.report_job_error(SubmittedJobInfo(job), msg=f"Not submitted: {reason}\n")
+            return
+        for job, each in zip(jobs, ids, strict=True):
+            self._follow(job, Attempt(each, folder))
+
+    def _follow(self, job, attempt: Attempt) -> None:
+        self._attempts[attempt.id] = attempt
+        info = SubmittedJobInfo(job, external_jobid=attempt.id, aux={"attempt": attempt})
+        self.report_job_submission(info)
+
+    def _attempt_of(self, wanted: str) -> Attempt | None:
+        """Return the attempt at this very job that a Snakemake before this one left behind."""
+        if self._left_behind is None:
+            alive = self._cluster.alive(self._ledger.folders())
+            self._left_behind = list(self._ledger.attempts(alive)) if alive else []
+            if alive is None:
+                raise WorkflowError("submitit: the cluster does not answer; jobs left behind cannot be looked for")
+        found = next((attempt for attempt in self._left_behind if attempt.identity() == wanted), None)
+        if found:
+            self._left_behind.remove(found)
+        return found
+
+    async def check_active_jobs(self, active_jobs: list[SubmittedJobInfo]) -> AsyncIterator[SubmittedJobInfo]:
+        attempts = [info.aux["attempt"] for info in active_jobs]
+        async with self.status_rate_limiter:
+            alive = self._cluster.alive({attempt.folder for attempt in attempts}) if attempts else set()
+        self._say_if_unreachable(alive is None)
+        ended = self._ledger.ended(attempts)
+        for info, attempt in zip(active_jobs, attempts, strict=True):
+            if attempt.id in ended:
+                self._conclude(info, attempt, attempt.error())
+            elif alive is not None and attempt.id not in alive and self._stays_missing(attempt.id):
+                self._conclude(info, attempt, f"{attempt.id} died: {self._cluster.fate(attempt.id)}")
+            else:
+                yield info
+
+    def _stays_missing(self, external_id: str) -> bool:
+        """Return whether an attempt has been gone for longer than a file server may take to show its result."""
+        since = self._missing_since.setdefault(external_id, time.monotonic())
+        return time.monotonic() - since >= self.workflow.execution_settings.latency_wait
+
+    def _conclude(self, info: SubmittedJobInfo, attempt: Attempt, error: str | None) -> None:
+        del self._attempts[attempt.id]
+        if error is None:
+            self._ledger.forget(attempt)
+            self.report_job_success(info)
+            return
+        lines = attempt.last_lines()
+        quoted = "".join(f"    {line}\n" for line in lines)
+        said = f"Last lines of {attempt.stderr}:\n{quoted}" if lines else f"Nothing was written to {attempt.stderr}.\n"
+        if info.job.is_group():  # Snakemake prints no message of ours for a group
+            self.logger.error(f"{error}\n{said}")
+        self.report_job_error(info, msg=f"{error}\n{said}", aux_logs=[str(attempt.stderr)])
+
+    def _say_if_unreachable(self, unreachable: bool) -> None:
+        if unreachable != self._unreachable:
+            self._unreachable = unreachable
+            state = "does not answer; jobs count as running until it does" if unreachable else "answers again"
+            self.logger.info(f"submitit: the cluster {state}.")
+
+    def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:
+        """Cancel every job that has not ended, also one that `active_jobs` lacks because it is being looked at."""
+        self._cluster.cancel(self._attempts.values())
+
+
+def options_of(job, settings: ExecutorSettings) -> Options:
+    """Return what a job asks a cluster for: its resources, else the settings.
+
+    mem_mb: MB; runtime: minutes, needed; gpus: a number; gpu_model: their type; slurm_partition, slurm_account, qos,
+    constraint; threads: CPUs. Raises ValueError for a job without a runtime.
+    """
+    ask = job.resources.get
+    runtime, gpus = ask("runtime"), ask("gpus") or 0
+    if not runtime:
+        raise ValueError(
+            f"{job.name}: no resource runtime; needed are the minutes it may run"
+        )
+    extra = dict(entry.split("=", 1) for entry in settings.sbatch or ())
+    named = {
+        "partition": ask("slurm_partition") or settings.partition,
+        "account": ask("slurm_account") or settings.account,
+        "qos": ask("qos") or settings.qos,
+        "constraint": ask("constraint") or settings.constraint,
+    }
+    if gpus and settings.gres:
+        named["gres"] = settings.gres.format(gpus=gpus)
+    elif gpus:
+        named["gpus_per_node"] = f"{ask('gpu_model')}:{gpus}" if ask("gpu_model") else str(gpus)
+    return Options(
+        name=job.name,
+        minutes=int(runtime),
+        mem_mb=ask("mem_mb"),
+        cpus=ask("_cores") or 1,
+        named=tuple((name, value) for name, value in named.items() if value),
+        extra=tuple(extra.items()),
+        setup=tuple(settings.setup or ()),
+        warning_s=settings.warning,
+        requeues=settings.requeues,
+        array_size=settings.array_size,
+    )
+
+
+def _check(settings: ExecutorSettings) -> None:
+    """Raise WorkflowError for settings that mean nothing."""
+    for name, lowest in (("array_size", 1), ("poll_interval", 1), ("warning", 1), ("requeues", 0)):
+        if (found := getattr(settings, name)) < lowest:
+            raise WorkflowError(f"submitit: {name}={found}: must be {lowest} or more")
+    for entry in settings.sbatch or ():
+        if "=" not in entry:
+            raise WorkflowError(f"submitit: sbatch={entry!r}: must be NAME=VALUE, as in nodelist=n1")
+
+
+def _interrupt(*_) -> None:
+    raise KeyboardInterrupt
