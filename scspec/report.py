@@ -46,9 +46,10 @@ def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_pat
 
     `plan` has "cells" (at least "pair", "arm" and "path" each; those whose path does not exist are listed as missing)
     and "invalid" (at least "pair" and "reason" each, the rest as columns). Raises ValueError naming the file for a
-    cell that cannot be read, or the block that violates a counter identity.
+    cell that cannot be read or was made with other settings than planned, or the block that violates a counter identity.
     """
     blocks, metadata = read_cells(path for path in map(Path, cell_paths) if path.exists())
+    _check_settings(metadata, plan)
     check_identities(blocks)
     summary = summarise(blocks, metadata)
     page = _render(_page(blocks, summary, list(metadata.values()), plan, Path(out_path)))
@@ -56,6 +57,20 @@ def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_pat
     with atomic_file(out_path) as file:
         file.write(page.encode())
     return summary
+
+
+def _check_settings(metadata: dict[str, dict[str, Any]], plan: dict[str, Any]) -> None:
+    """Raise ValueError for a cell whose file was made with other settings than the plan's.
+
+    Snakemake sees that itself, unless it was killed while the cell ran: then it has no record of the cell.
+    """
+    for planned in plan["cells"]:
+        made = metadata.get(planned.get("id"), {}).get("cell", planned)
+        if other := [name for name in made if made[name] != planned[name]]:
+            path = planned["path"]
+            raise ValueError(
+                f"{path}: made with other settings than planned ({', '.join(other)}); again: snakemake -R {path}"
+            )
 
 
 def write_table(summary: pd.DataFrame, out_stem: Path | str) -> None:

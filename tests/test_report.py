@@ -11,7 +11,7 @@ from fake_cells import fake_grid, fake_keys, fake_metadata, fake_rows, plan_entr
 
 from scspec.charts import number
 from scspec.report import build_report, identity_verdicts, write_table
-from scspec.results import write_cell
+from scspec.results import read_cells, write_cell
 
 SMALL = {"prompts": 8, "max_new_tokens": 12}
 
@@ -399,3 +399,14 @@ def test_a_torn_or_false_cell_stops_the_report_and_leaves_the_old_one(tmp_path):
     with pytest.raises(ValueError, match="kept is outside"):
         report_of(tmp_path, plan)
     assert (tmp_path / "index.html").read_bytes() == before
+
+
+def test_a_cell_made_with_other_settings_than_planned_stops_the_report(tmp_path):
+    plan = write(tmp_path, (fake_keys(), 0.6))
+    (planned,) = plan["cells"]
+    (metadata,) = read_cells([planned["path"]])[1].values()
+    planned.update(metadata["cell"], id=fake_keys()["cell_id"])
+    report_of(tmp_path, plan)
+    planned["max_new_tokens"] = metadata["cell"]["max_new_tokens"] + 1
+    with pytest.raises(ValueError, match=f"{planned['path']}: made with other settings than planned .max_new_tokens."):
+        report_of(tmp_path, plan)
