@@ -7,6 +7,7 @@ A job is a Snakemake of its own on the node, as with every remote executor. What
 again by what they do (`attempts.Ledger`), so that nothing runs twice.
 """
 
+import asyncio
 import secrets
 import signal
 import subprocess
@@ -36,33 +37,47 @@ common_settings = CommonSettings(
 )
 
 
-def _setting(default, told: str, **metadata):
-    return field(default=default, metadata={"help": told, **metadata})
+def _told(text: str, **more) -> dict:
+    return {"help": text, **more}
 
 
 @dataclass
 class ExecutorSettings(ExecutorSettingsBase):
-    cluster: str = _setting(
-        "slurm",
-        "Where jobs run: slurm; local: processes of this machine; debug: one after the other in this process.",
-        choices=sorted(CLUSTERS),
+    cluster: str = field(
+        default="slurm",
+        metadata=_told(
+            "Where jobs run: slurm; local: processes of this machine; debug: one after the other in this process.",
+            choices=sorted(CLUSTERS),
+        ),
     )
-    folder: Path = _setting(
-        Path(".snakemake/submitit"), "Where submissions and their logs are kept; the nodes must see it."
+    folder: Path = field(
+        default=Path(".snakemake/submitit"),
+        metadata=_told("Where submissions and their logs are kept; the nodes must see it."),
     )
-    partition: str | None = _setting(None, "Slurm partition, if a rule names none.", type=str)
-    account: str | None = _setting(None, "Slurm account, if a rule names none.", type=str)
-    qos: str | None = _setting(None, "Slurm quality of service, if a rule names none.", type=str)
-    constraint: str | None = _setting(None, "Features a node must have, if a rule names none.", type=str)
-    gres: str | None = _setting(
-        None, "What a rule with `gpus` asks for, where --gpus-per-node is not known: gpu:a100:{gpus}.", type=str
+    partition: str | None = field(default=None, metadata=_told("Slurm partition, if a rule names none.", type=str))
+    account: str | None = field(default=None, metadata=_told("Slurm account, if a rule names none.", type=str))
+    qos: str | None = field(default=None, metadata=_told("Slurm quality of service, if a rule names none.", type=str))
+    constraint: str | None = field(
+        default=None, metadata=_told("Features a node must have, if a rule names none.", type=str)
     )
-    setup: list | None = _setting(None, "Shell lines that run first in each job: 'module load ...'.", nargs="+", type=str)
-    sbatch: list | None = _setting(None, "Further options of sbatch: exclude=n13 reservation=x.", nargs="+", type=str)
-    array_size: int = _setting(1000, "Most jobs of one array; Slurm's MaxArraySize is often 1001.")
-    poll_interval: int = _setting(10, "Seconds between two looks at the jobs, at all at once.")
-    warning: int = _setting(90, "Seconds before its time limit at which a job is told, and put back in the queue.")
-    requeues: int = _setting(3, "How often a job that reached its time limit is put back in the queue by itself.")
+    gres: str | None = field(
+        default=None,
+        metadata=_told("What a rule with gpus asks for where --gpus-per-node is not known: gpu:a100:{gpus}.", type=str),
+    )
+    setup: list | None = field(
+        default=None, metadata=_told("Shell lines that run first in each job: 'module load cuda'.", nargs="+", type=str)
+    )
+    sbatch: list | None = field(
+        default=None, metadata=_told("Further options of sbatch: exclude=n13 reservation=x.", nargs="+", type=str)
+    )
+    array_size: int = field(default=1000, metadata=_told("Most jobs of one array; Slurm's MaxArraySize is often 1001."))
+    poll_interval: int = field(default=10, metadata=_told("Seconds between two looks at the jobs, at all at once."))
+    warning: int = field(
+        default=90, metadata=_told("Seconds before its time limit at which a job is told, and put back in the queue.")
+    )
+    requeues: int = field(
+        default=3, metadata=_told("How often a job that reached its time limit is put back in the queue by itself.")
+    )
 
 
 class Executor(RemoteExecutor):
@@ -171,6 +186,12 @@ class Executor(RemoteExecutor):
             state = "does not answer; jobs count as running until it does" if unreachable else "answers again"
             self.logger.info(f"submitit: the cluster {state}.")
 
+    async def sleep(self) -> None:
+        """Wait for the next look, or for the end: what is left to do then should not take a poll's time."""
+        until = time.monotonic() + self.next_seconds_between_status_checks
+        while self.wait and time.monotonic() < until:
+            await asyncio.sleep(0.2)
+
     def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:
         """Cancel every job that has not ended, also one that `active_jobs` lacks because it is being looked at."""
         self._cluster.cancel(self._attempts.values())
@@ -185,9 +206,7 @@ def options_of(job, settings: ExecutorSettings) -> Options:
     ask = job.resources.get
     runtime, gpus = ask("runtime"), ask("gpus") or 0
     if not runtime:
-        raise ValueError(
-            f"{job.name}: no resource runtime; needed are the minutes it may run"
-        )
+        raise ValueError(f"{job.name}: no resource runtime; needed are the minutes it may run")
     extra = dict(entry.split("=", 1) for entry in settings.sbatch or ())
     named = {
         "partition": ask("slurm_partition") or settings.partition,

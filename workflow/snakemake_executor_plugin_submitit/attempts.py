@@ -25,15 +25,13 @@ class Command:
     shell: str
     identity: str
 
-    def __call__(self) -> None:
-        """Run it. Raises RuntimeError for another exit status than 0."""
+    def __call__(self) -> int:
+        """Run it and return its exit status."""
         process = subprocess.Popen(["bash", "-c", self.shell], process_group=0)
         try:
-            status = process.wait()
+            return process.wait()
         finally:
             _end(process)
-        if status:
-            raise RuntimeError(f"exit status {status}")
 
     def checkpoint(self) -> DelayedSubmission:
         """Return what submitit puts back in the queue; the exception that ends this attempt ends the command too."""
@@ -85,7 +83,9 @@ class Attempt:
     def error(self) -> str | None:
         """Return why an ended attempt failed, in a line; None for one that succeeded."""
         outcome, what = pickle.loads(self._paths.result_pickle.read_bytes())
-        return None if outcome == "success" else f"{self.id} failed: {what.strip().splitlines()[-1]}"
+        if outcome == "success":
+            return f"{self.id} failed: exit status {what}" if what else None
+        return f"{self.id} failed: {what.strip().splitlines()[-1]}"
 
     def last_lines(self) -> list[str]:
         try:

@@ -151,9 +151,7 @@ class Debug(Cluster):
 
     def _run(self, folder: Path, command: Command) -> str:
         job = DebugExecutor(folder).submit(command)
-        error = job.exception()
-        result = ("success", None) if error is None else ("error", str(error))
-        JobPaths(folder, job.job_id).result_pickle.write_bytes(pickle.dumps(result))
+        JobPaths(folder, job.job_id).result_pickle.write_bytes(pickle.dumps(("success", job.result())))
         return job.job_id
 
     def alive(self, folders: Iterable[Path]) -> set[str]:
