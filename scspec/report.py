@@ -45,8 +45,8 @@ def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_pat
     """Writes the report of the cells that exist, with its table beside it; returns the summary, a row per cell.
 
     `plan` has "cells" (at least "pair", "arm" and "path" each; those whose path does not exist are listed as missing)
-    and "invalid" (at least "pair" and "reason" each, the rest as columns). Raises ValueError naming the file for a
-    cell that cannot be read or was made with other settings than planned, or the block that violates a counter identity.
+    and "invalid" (at least "pair" and "reason" each, the rest as columns). Raises ValueError naming the file for a cell
+    that cannot be read or was made with other settings than planned, or the block that violates a counter identity.
     """
     blocks, metadata = read_cells(path for path in map(Path, cell_paths) if path.exists())
     _check_settings(metadata, plan)
