@@ -48,6 +48,9 @@ ALIASES = {
     )
 }
 
+#: What a model is made of: configuration, weights, and whatever a tokenizer may be saved as.
+_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt", "tokenizer*")
+
 #: As the header of a safetensors file names them.
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -62,17 +65,23 @@ def cache_folder() -> Path:
 def fetch_model(name: str) -> dict:
     """Return the manifest of model `name`, fetching it first where it is not here yet.
 
-    Keys: name, source, sha256 (of the weights: a file's, or of its list of files), note. Raises ValueError for a name
-    that is neither alias, folder nor a reachable Hugging Face id, and for a hash mismatch.
+    Keys: name, source, sha256 (of an alias the GGUF file's, else {file: of the file}, tokenizer included), note. Raises
+    ValueError for a name that is neither alias, folder nor a reachable Hugging Face id, and for a hash mismatch.
     """
     if name in ALIASES:
         return json.loads((_fetch_alias(name) / "manifest.json").read_text())
-    digest = {file.name: sha256_of(file) for file in _weight_files(name, _fetch_folder(name))}
+    folder = local_folder(name)
+    _weight_files(name, folder)
+    files = {file.name: file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()}
+    digest = {key: sha256_of(files[key]) for key in sorted(files)}
     return {"name": name, "source": "folder" if Path(name).is_dir() else "Hugging Face", "sha256": digest, "note": ""}
 
 
-def _fetch_folder(name: str) -> Path:
-    """Return the folder of model `name`, weights and all, fetched if need be."""
+def local_folder(name: str) -> Path:
+    """Return the folder of model `name`, weights and tokenizer and all, fetched if need be.
+
+    With HF_HUB_OFFLINE=1 nothing asks the hub. Raises ValueError where the model is not to be had.
+    """
     if name in ALIASES:
         return _fetch_alias(name)
     return Path(name) if Path(name).is_dir() else _fetch_from_hub(name)
@@ -89,9 +98,8 @@ def _fetch_from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.model"]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
@@ -154,11 +162,6 @@ def _convert_gguf(gguf: Path, folder: Path, manifest: dict) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def local_folder(name: str) -> str:
-    """Return what `from_pretrained` takes: the folder of an alias (fetched if need be), else the name itself."""
-    return str(_fetch_alias(name)) if name in ALIASES else name
-
-
 def load_model(
     name: str,
     *,
@@ -192,7 +195,7 @@ def load_model(
 
 def _mapped_model(name: str) -> PreTrainedModel:
     """Return the float model in the dtype of its files: then transformers maps them to memory, and reads nothing."""
-    folder = _fetch_folder(name)
+    folder = local_folder(name)
     options = {"attn_implementation": "eager", "output_loading_info": True, "ignore_mismatched_sizes": True}
     dtype = _stored_dtype(name, folder)
     model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)

@@ -34,10 +34,11 @@ def test_a_pair_from_a_folder_decodes(folder):
     assert 0 <= stats.alpha <= 1
 
 
-def test_the_manifest_of_a_folder_names_its_weights(folder):
+def test_the_manifest_of_a_folder_names_its_files(folder):
     manifest = fetch_model(folder)
     assert manifest["source"] == "folder"
-    assert list(manifest["sha256"]) == ["model.safetensors"]
+    files = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors"]
+    assert list(manifest["sha256"]) == [*files, "tokenizer.json", "tokenizer_config.json"]
     assert all(len(digest) == 64 for digest in manifest["sha256"].values())
 
 

@@ -1,4 +1,4 @@
-# Models are fetched by a local step, so that compute nodes need no network.
+# Models are fetched by a local step: compute nodes may have no network, and cells run with the hub offline.
 
 
 wildcard_constraints:
