@@ -7,13 +7,14 @@ package's sources has a folder of its own.
 """
 
 import functools
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numba
+
+from .provenance import sources_sha256
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -42,12 +43,10 @@ def _cache_folder() -> str:
     Where that cannot be written, it lies in the user's cache folder; empty, for no cache, if not even there, because
     numba's own choice of a folder forgets the hash.
     """
-    sources = hashlib.sha256()
-    for path in sorted(_PACKAGE.rglob("*.py")):
-        sources.update(f"{path.relative_to(_PACKAGE)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    sources = sources_sha256()
     users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scspec"
     for place in [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else [_PACKAGE / "__pycache__", users]:
-        folder = place / f"kernels-{sources.hexdigest()[:16]}"
+        folder = place / f"kernels-{sources[:16]}"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()

@@ -1,10 +1,13 @@
-"""What a result came from: commit, versions, device, hashes."""
+"""What a result came from: commit, versions, device, host and job, hashes."""
 
 import hashlib
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
 
 PACKAGES = (
     "scspec",
@@ -37,7 +40,7 @@ def _version(package: str) -> str | None:
 
 def commit() -> tuple[str | None, bool | None]:
     """Return (commit hash, whether the tree has changes); (None, None) where the package is not in a git checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = _PACKAGE.parent
     try:
         head = _git(root, "rev-parse", "HEAD")
         return head, bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
@@ -47,6 +50,26 @@ def commit() -> tuple[str | None, bool | None]:
 
 def _git(root: Path, *args: str) -> str:
     return subprocess.run(["git", "-C", str(root), *args], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def sources_sha256() -> str:
+    """Return the SHA-256 of the package's sources, Python and CUDA: their names and contents, hexadecimal."""
+    sources = hashlib.sha256()
+    for path in sorted([*_PACKAGE.rglob("*.py"), *_PACKAGE.rglob("*.cu")]):
+        sources.update(f"{path.relative_to(_PACKAGE)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return sources.hexdigest()
+
+
+def host() -> str:
+    """Return the name of this machine, as the system reports it."""
+    return platform.node()
+
+
+def slurm_job() -> str | None:
+    """Return the id of the Slurm job that this process belongs to, `JOB` or `ARRAY_TASK`; None outside of Slurm."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def device_name(device: str) -> str:

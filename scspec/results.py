@@ -65,16 +65,28 @@ NULLABLE_INTEGERS = {field.name: "Int32" for field in SCHEMA if field.nullable a
 
 
 @contextmanager
+def failures_name(path: Path | str) -> Iterator[None]:
+    """Raises what the block raises; an OSError that names no file, as of a write to a full disk, gets `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_file(path: Path | str) -> Iterator[BinaryIO]:
     """A binary file that appears under `path`, complete and synced, when the block ends without an error.
 
-    Until then it lives in the same folder under a hidden, unique name; after an error nothing is left.
+    Until then it lives in the same folder under a hidden, unique name; after an error nothing is left. An OSError
+    names the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(6)}.tmp"
     try:
-        with open(temporary, "xb") as file:
+        with failures_name(path), open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

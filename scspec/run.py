@@ -2,11 +2,9 @@
 
 import json
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from datetime import UTC, datetime
-from itertools import chain, count
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import numba
@@ -15,12 +13,13 @@ from tqdm import tqdm
 
 from scspec import provenance
 from scspec.cells import Cell, Side
+from scspec.checkpoint import Checkpoint, FinishedPrompt
 from scspec.decoding import Block, CachedScorer, Conversation, Draws, SamplingConfig, Turn, decode_batch, key_from
 from scspec.hardware import sc_mac_share
 from scspec.models import check_placement, check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
 from scspec.patching import knobs_of
 from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
-from scspec.results import write_cell
+from scspec.results import SCHEMA_VERSION, write_cell
 from scspec.sc.knobs import PRESETS, resolve_knobs
 
 #: Blocks decoded before the first that counts, in each slot, if all their proposals are accepted; else more.
@@ -32,27 +31,39 @@ def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: i
 
     Everything cheap is checked before a model is loaded: ValueError names what is wrong. `prompts_per_batch` prompts
     are decoded side by side, and each model's layers lie on the first `gpus` GPUs; neither these nor `threads` change a
-    result, wall times apart. Progress goes to stderr. Sets the process's thread counts.
+    result, wall times apart. Each finished prompt is saved, and what earlier runs of the same settings, sources and
+    device have saved is not decoded again (`checkpoint`). Progress goes to stderr. Sets the process's thread counts.
     """
-    started_at, began_s = datetime.now(UTC), time.perf_counter()
+    checkpoint = Checkpoint(output)
     prompts = _checked_prompts(cell)
     _check_cell(cell, gpus)
     torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     tokenizer = load_tokenizer(cell.target.model)
-    limit = min(context_limit(side.model) for side in (cell.target, cell.draft))
-    for prompt in prompts:  # a later turn's length is known when the turns before it are decoded
-        _check_length(cell, prompt, 0, len(encode_turn(tokenizer, [], prompt.turns[0])), limit)
-    run = _Run(cell, prompts, tokenizer, *_load(cell, gpus), prompts_per_batch)
-    provenance_of_run = run.metadata()  # before the expensive part: what cannot be said must not lose results
-    rows = run.rows()
-    metadata = {
-        **provenance_of_run,
-        "prompts": run.prompt_metadata(),
-        "started_at": started_at.isoformat(timespec="seconds"),
-        "wall_time_s": time.perf_counter() - began_s,
+    first_turns = _first_turns(cell, prompts, tokenizer)
+    run = _Run(cell, tokenizer, *_load(cell, gpus), prompts_per_batch)
+    metadata = run.metadata()  # before the expensive part: what cannot be said must not lose results
+    checkpoint.resume(_key(metadata, first_turns))
+    run.decode([prompt for prompt in prompts if prompt.prompt_id not in checkpoint.finished], checkpoint.save)
+    finished = [checkpoint.finished[prompt.prompt_id] for prompt in prompts]
+    attempts = checkpoint.attempts()
+    times = {
+        "started_at": attempts[0]["started_at"],
+        "wall_time_s": sum(attempt["wall_time_s"] for attempt in attempts),
+        "attempts": attempts,
     }
-    write_cell(output, rows, metadata)
+    write_cell(output, run.rows(finished), {**metadata, "prompts": _prompt_metadata(cell, finished), **times})
+    checkpoint.remove()
+
+
+def _key(metadata: dict, first_turns: list[list[int]]) -> dict:
+    """Return all that could change a result. `dirty` is not part of it: the sources are, and not a config.yaml."""
+    return {
+        **{name: value for name, value in metadata.items() if name != "dirty"},
+        "schema_version": SCHEMA_VERSION,
+        "sources": provenance.sources_sha256(),
+        "first_turns": token_ids_sha256(first_turns),
+    }
 
 
 def _checked_prompts(cell: Cell) -> list[Prompt]:
@@ -79,6 +90,15 @@ def _devices(cell: Cell, gpus: int) -> str | list[str]:
     return cell.device if gpus == 1 else [f"cuda:{index}" for index in range(gpus)]
 
 
+def _first_turns(cell: Cell, prompts: list[Prompt], tokenizer) -> list[list[int]]:
+    """Return each prompt's ids at its first turn, checked; a later turn's are known when those before are decoded."""
+    limit = min(context_limit(side.model) for side in (cell.target, cell.draft))
+    first_turns = [encode_turn(tokenizer, [], prompt.turns[0]) for prompt in prompts]
+    for prompt, ids in zip(prompts, first_turns, strict=True):
+        _check_length(cell, prompt, 0, len(ids), limit)
+    return first_turns
+
+
 def _check_length(cell: Cell, prompt: Prompt, turn: int, tokens: int, limit: int) -> None:
     """Raise ValueError if the models have fewer positions than the turn needs."""
     needed = tokens + cell.max_new_tokens + cell.gamma + 1
@@ -103,62 +123,70 @@ def _load(cell: Cell, gpus: int) -> list:
 
 
 class _Run:
-    """The loaded models of a cell and what comes of decoding its prompts."""
+    """The loaded models of a cell and what comes of decoding prompts."""
 
-    def __init__(self, cell: Cell, prompts: list[Prompt], tokenizer, target, draft, prompts_per_batch: int):
-        self.cell, self.prompts, self.tokenizer = cell, prompts, tokenizer
+    def __init__(self, cell: Cell, tokenizer, target, draft, prompts_per_batch: int):
+        self.cell, self.tokenizer = cell, tokenizer
         self.target, self.draft = target, draft
         self.prompts_per_batch = prompts_per_batch
         self.limit = min(model.config.max_position_embeddings for model in (target, draft))
         self.sampling = SamplingConfig(**vars(cell.sampling))
         self.eos_token_ids = _eos_token_ids(target, tokenizer)
-        self.prompt_ids: list[list[list[int]]] = [[] for _ in prompts]  # by prompt and turn
 
-    def rows(self) -> list[dict]:
-        """Return one row of the Parquet schema per block, by prompt, turn and block, in whatever order they come."""
-        keys, rows, block_numbers = self._keys(), [[] for _ in self.prompts], defaultdict(count)
-        total = sum(len(prompt.turns) for prompt in self.prompts) * self.cell.max_new_tokens
+    def decode(self, prompts: list[Prompt], save: Callable[[FinishedPrompt], None]) -> None:
+        """Decode the prompts and hand each to `save` when its last turn has ended, in whatever order they come."""
+        token_ids, rows, block_numbers = [[] for _ in prompts], [[] for _ in prompts], defaultdict(count)
+        total = sum(len(prompt.turns) for prompt in prompts) * self.cell.max_new_tokens
         with tqdm(total=total, unit="tok", desc=self.cell.id, file=sys.stderr, mininterval=1) as progress:
-            for index, turn, block in self._blocks():
-                prompt, tokens = self.prompts[index], len(self.prompt_ids[index][turn])
+            for index, turn, block in self._blocks(prompts, token_ids):
+                prompt, tokens = prompts[index], len(token_ids[index][turn])
                 where = {"prompt_id": prompt.prompt_id, "category": prompt.category, "turn": turn}
                 numbers = {"prompt_tokens": tokens, "block": next(block_numbers[index, turn])}
-                rows[index].append({**keys, **where, **numbers, **_block_row(block)})
+                rows[index].append({**where, **numbers, **_block_row(block)})
                 left = self.cell.max_new_tokens - (block.start - tokens)
                 progress.update(left if block.stop else block.kept)
-        return list(chain.from_iterable(rows))
+                if block.stop and turn == len(prompt.turns) - 1:
+                    save(FinishedPrompt(prompt.prompt_id, token_ids[index], rows[index]))
 
-    def _blocks(self) -> Iterator[tuple[int, int, Block]]:
-        slots, capacity = min(self.prompts_per_batch, len(self.prompts)), self._capacity()
+    def rows(self, finished: list[FinishedPrompt]) -> list[dict]:
+        """Return one row of the Parquet schema per block, by prompt, turn and block."""
+        keys = self._keys()
+        return [{**keys, **row} for prompt in finished for row in prompt.rows]
+
+    def _blocks(self, prompts: list[Prompt], token_ids: list[list[list[int]]]) -> Iterator[tuple[int, int, Block]]:
+        """Yield (index of the prompt, turn, block); each turn's ids are appended to its prompt's `token_ids`."""
+        if not prompts:
+            return
+        slots, capacity = min(self.prompts_per_batch, len(prompts)), self._capacity(prompts)
         scorers = CachedScorer(self.target, capacity, slots), CachedScorer(self.draft, capacity, slots)
         options = {"gamma": self.cell.gamma, "sampling": self.sampling}
-        for _ in decode_batch(*scorers, self._warm_up(slots), **options, eos_token_ids=frozenset()):
+        for _ in decode_batch(*scorers, self._warm_up(prompts[0], slots), **options, eos_token_ids=frozenset()):
             pass
-        conversations = [self._conversation(*each) for each in zip(self.prompts, self.prompt_ids, strict=True)]
-        return decode_batch(*scorers, conversations, **options, eos_token_ids=self.eos_token_ids)
+        conversations = [self._conversation(*each) for each in zip(prompts, token_ids, strict=True)]
+        yield from decode_batch(*scorers, conversations, **options, eos_token_ids=self.eos_token_ids)
 
-    def _warm_up(self, slots: int) -> list[Conversation]:
+    def _warm_up(self, prompt: Prompt, slots: int) -> list[Conversation]:
         """Return conversations whose blocks nobody counts: what is compiled or captured there is in no block's time."""
-        ids = encode_turn(self.tokenizer, [], self.prompts[0].turns[0])
+        ids = encode_turn(self.tokenizer, [], prompt.turns[0])
         budget = min(WARM_UP_BLOCKS * (self.cell.gamma + 1), self.cell.max_new_tokens)
         return [(turn for turn in [Turn(ids, budget, Draws(0))]) for _ in range(slots)]
 
-    def _conversation(self, prompt: Prompt, prompt_ids: list[list[int]]) -> Conversation:
-        """Yield the prompt's turns, each after the reply to the one before, and append their ids to `prompt_ids`."""
+    def _conversation(self, prompt: Prompt, token_ids: list[list[int]]) -> Conversation:
+        """Yield the prompt's turns, each after the reply to the one before, and append their ids to `token_ids`."""
         cell, history = self.cell, []
         for turn, text in enumerate(prompt.turns):
             ids = encode_turn(self.tokenizer, history, text)
             _check_length(cell, prompt, turn, len(ids), self.limit)
-            prompt_ids.append(ids)
+            token_ids.append(ids)
             draws = Draws(key_from(cell.sampling_seed, prompt.prompt_id, turn))
             new_ids = yield Turn(ids, cell.max_new_tokens, draws)
             reply = self.tokenizer.decode(new_ids, skip_special_tokens=True)
             history += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
-    def _capacity(self) -> int:
+    def _capacity(self, prompts: list[Prompt]) -> int:
         """Return the positions that the longest prompt is likely to need; replies may encode to more tokens again."""
         cell = self.cell
-        asked = [[len(encode_turn(self.tokenizer, [], text)) for text in prompt.turns] for prompt in self.prompts]
+        asked = [[len(encode_turn(self.tokenizer, [], text)) for text in prompt.turns] for prompt in prompts]
         likely = max(sum(turns) + len(turns) * cell.max_new_tokens for turns in asked) + cell.gamma
         return min(likely, self.limit)
 
@@ -205,14 +233,14 @@ class _Run:
             "weights_note": {name: manifest["note"] for name, manifest in models.items()},
         }
 
-    def prompt_metadata(self) -> dict:
-        """Return which prompts were decoded; after `rows` has run (a later turn's ids hold earlier replies)."""
-        return {
-            "file": self.cell.prompt_file,
-            "sha256": self.cell.prompt_sha256,
-            "count": len(self.prompts),
-            "token_ids_sha256": token_ids_sha256(list(chain.from_iterable(self.prompt_ids))),
-        }
+
+def _prompt_metadata(cell: Cell, finished: list[FinishedPrompt]) -> dict:
+    return {
+        "file": cell.prompt_file,
+        "sha256": cell.prompt_sha256,
+        "count": len(finished),
+        "token_ids_sha256": token_ids_sha256(ids for prompt in finished for ids in prompt.token_ids),
+    }
 
 
 def _block_row(block: Block) -> dict:

@@ -19,6 +19,7 @@ RULES = [
     ("prompts.py", {"torch", "transformers"}),
     ("stats.py", {"torch", "transformers", "altair"}),
     ("results.py", {"torch", "transformers", "altair"}),
+    ("checkpoint.py", {"torch", "transformers", "scspec.decoding", "scspec.cells"}),
 ]
 ONLY_IN = {
     "altair": {"charts.py", "report.py"},

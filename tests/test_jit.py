@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scspec import jit
+from scspec import jit, provenance
 
 TESTS = Path(__file__).parent
 CALLEE = "from standin.jit import compiled\n\nBY = 10\n\n@compiled\ndef scaled(x):\n    return BY * x\n"
@@ -38,7 +38,8 @@ def standin(tmp_path: Path) -> Path:
     package = tmp_path / "standin"
     package.mkdir()
     (package / "__init__.py").touch()
-    shutil.copy(jit.__file__, package)
+    for module in (jit, provenance):
+        shutil.copy(module.__file__, package)
     (package / "callee.py").write_text(CALLEE)
     (package / "caller.py").write_text(CALLER)
     return package

@@ -4,11 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from tiny import save_tiny_model
+from tiny import tiny_cells
 
 from scspec import run
-from scspec.cells import expand
-from scspec.config import load_experiment
 from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_tokens, key_from
 from scspec.models import load_model, load_tokenizer
 from scspec.prompts import encode_turn, file_sha256
@@ -21,32 +19,8 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    save_tiny_model(folder / "model")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in PROMPTS))
-    return folder
-
-
-@pytest.fixture
-def cells(folder):
-    """The cells of a small grid by arm; sampled, so that every random number matters."""
-    model = {"model": str(folder / "model")}
-    experiment = load_experiment(
-        {
-            "pairs": {"tiny": {"target": model, "draft": {**model, "stoc_len": {"ratio": 0.5}, "skip_layers": [1]}}},
-            "stoc_len": [64],
-            "sc_prec": [8],
-            "gamma": [3],
-            "prompt_file": str(folder / "prompts.jsonl"),
-            "max_new_tokens": 10,
-            "sampling": {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
-            "controls": {"stoc_len": [64], "gamma": [3]},
-        }
-    )
-    found, invalid = expand(experiment)
-    assert not invalid
-    return {cell.arm: cell for cell in found}
+def cells(tmp_path_factory):
+    return tiny_cells(tmp_path_factory.mktemp("run"), PROMPTS)
 
 
 def run_to(path, cell, **arguments):
@@ -65,6 +39,8 @@ def test_rows_and_metadata_of_a_cell(cells, tmp_path):
     assert metadata["prompts"]["count"] == 2
     assert 0 < metadata["sc_mac_share"]["target"] < 1
     assert metadata["models"]["target"]["sha256"] == metadata["models"]["draft"]["sha256"]
+    assert [attempt["prompts"] for attempt in metadata["attempts"]] == [2]
+    assert metadata["wall_time_s"] == metadata["attempts"][0]["wall_time_s"] > 0
 
 
 def test_a_run_again_and_on_two_threads_gives_the_same_rows(cells, tmp_path):

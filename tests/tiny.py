@@ -1,7 +1,12 @@
-"""A tiny random Llama model: two layers, grouped-query attention, logits that vary with context."""
+"""A tiny random Llama model: two layers, grouped-query attention, logits that vary with context; cells of it."""
+
+import json
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from scspec.cells import Cell, expand
+from scspec.config import load_experiment
 
 
 def tiny_config(**changed) -> LlamaConfig:
@@ -51,3 +56,27 @@ def save_tiny_model(folder, seed: int = 0, **changed):
     model = tiny_model(seed, vocab_size=len(vocab), eos_token_id=1, **changed)
     model.save_pretrained(folder)
     return folder
+
+
+def tiny_cells(folder, prompts) -> dict[str, Cell]:
+    """Write a tiny model and the prompts to `folder`; return the cells of a small grid by arm.
+
+    They are sampled, so that every random number matters.
+    """
+    model = {"model": str(save_tiny_model(folder / "model"))}
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    experiment = load_experiment(
+        {
+            "pairs": {"tiny": {"target": model, "draft": {**model, "stoc_len": {"ratio": 0.5}, "skip_layers": [1]}}},
+            "stoc_len": [64],
+            "sc_prec": [8],
+            "gamma": [3],
+            "prompt_file": str(folder / "prompts.jsonl"),
+            "max_new_tokens": 10,
+            "sampling": {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
+            "controls": {"stoc_len": [64], "gamma": [3]},
+        }
+    )
+    found, invalid = expand(experiment)
+    assert not invalid
+    return {cell.arm: cell for cell in found}
