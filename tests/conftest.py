@@ -1,6 +1,10 @@
 """Fixtures that tests share (the real model, loaded once), and what becomes of GPU tests where there is no GPU."""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import numba
 import pytest
@@ -10,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported and when kernels are defined
 
 from interpreter import DEVICE, correct_interpreter
+from slurm_box import SlurmBox, what_is_missing
 
 from scspec.models import load_model, load_tokenizer
 from scspec.sc import triton
@@ -87,3 +92,29 @@ def threads():
     yield set_threads
     torch.set_num_threads(before[0])
     numba.set_num_threads(before[1])
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[SlurmBox]:
+    """A Slurm of one node; Slurm's commands talk to it. Where it cannot be, tests skip; with CI=true they fail."""
+    if reason := what_is_missing():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # not pytest's: sockets have short names
+    box = SlurmBox(folder)
+    try:
+        box.start()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_CONF", box.environment["SLURM_CONF"])
+            yield box
+    finally:
+        box.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_job_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test on Slurm no job is left, and its node is in service."""
+    box = request.getfixturevalue("slurm") if "slurm" in request.fixturenames else None
+    yield
+    if box:
+        box.clear()
