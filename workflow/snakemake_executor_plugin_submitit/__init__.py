@@ -149,16 +149,22 @@ class Executor(RemoteExecutor):
         return found
 
     async def check_active_jobs(self, active_jobs: list[SubmittedJobInfo]) -> AsyncIterator[SubmittedJobInfo]:
+        """Report the jobs that have ended and yield the others.
+
+        A success is one at once. A failure counts when the job has left the queue: one that was put back runs again.
+        """
+        if not active_jobs:  # also asked before __post_init__ has run
+            return
         attempts = [info.aux["attempt"] for info in active_jobs]
         async with self.status_rate_limiter:
-            alive = self._cluster.alive({attempt.folder for attempt in attempts}) if attempts else set()
+            alive = self._cluster.alive({attempt.folder for attempt in attempts})
         self._say_if_unreachable(alive is None)
         ended = self._ledger.ended(attempts)
         for info, attempt in zip(active_jobs, attempts, strict=True):
-            if attempt.id in ended:
-                self._conclude(info, attempt, attempt.error())
-            elif alive is not None and attempt.id not in alive and self._stays_missing(attempt.id):
-                self._conclude(info, attempt, f"{attempt.id} died: {self._cluster.fate(attempt.id)}")
+            status = attempt.error() if attempt.id in ended else "left no result"
+            gone = alive is not None and attempt.id not in alive
+            if status is None or (gone and (attempt.id in ended or self._stays_missing(attempt.id))):
+                self._conclude(info, attempt, status)
             else:
                 yield info
 
@@ -176,9 +182,10 @@ class Executor(RemoteExecutor):
         lines = attempt.last_lines()
         quoted = "".join(f"    {line}\n" for line in lines)
         said = f"Last lines of {attempt.stderr}:\n{quoted}" if lines else f"Nothing was written to {attempt.stderr}.\n"
+        message = f"{attempt.id} {error}; {self._cluster.fate(attempt.id)}\n{said}"
         if info.job.is_group():  # Snakemake prints no message of ours for a group
-            self.logger.error(f"{error}\n{said}")
-        self.report_job_error(info, msg=f"{error}\n{said}", aux_logs=[str(attempt.stderr)])
+            self.logger.error(message)
+        self.report_job_error(info, msg=message, aux_logs=[str(attempt.stderr)])
 
     def _say_if_unreachable(self, unreachable: bool) -> None:
         if unreachable != self._unreachable:

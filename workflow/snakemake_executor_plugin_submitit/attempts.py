@@ -13,9 +13,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from submitit.core.job_environment import JobEnvironment
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 LAST_LINES = 12  # of a job's stderr, in the message of its failure
+PATIENCE_S = 600  # between a cluster's TERM and what it announces
+_WARNING = JobEnvironment.USR_SIG  # reaches all processes of a job; submitit's answers for all
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,22 @@ class Command:
     identity: str
 
     def __call__(self) -> int:
-        """Run it and return its exit status."""
-        process = subprocess.Popen(["bash", "-c", self.shell], process_group=0)
+        """Run it and return its exit status.
+
+        A cluster that sends TERM is about to kill the job or to put it back in the queue. That the command dies of it
+        first is no result: nothing is returned until the cluster has acted.
+        """
+        terminated = []
+        before = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
+        process = subprocess.Popen(["bash", "-c", f"trap '' {_WARNING}\n{self.shell}"], process_group=0)
         try:
-            return process.wait()
+            status = process.wait()
+            if status and terminated:
+                time.sleep(PATIENCE_S)
+            return status
         finally:
             _end(process)
+            signal.signal(signal.SIGTERM, before)
 
     def checkpoint(self) -> DelayedSubmission:
         """Return what submitit puts back in the queue; the exception that ends this attempt ends the command too."""
@@ -81,11 +94,11 @@ class Attempt:
             return None
 
     def error(self) -> str | None:
-        """Return why an ended attempt failed, in a line; None for one that succeeded."""
+        """Return what an ended attempt failed of, in a line; None for one that succeeded."""
         outcome, what = pickle.loads(self._paths.result_pickle.read_bytes())
         if outcome == "success":
-            return f"{self.id} failed: exit status {what}" if what else None
-        return f"{self.id} failed: {what.strip().splitlines()[-1]}"
+            return f"failed with exit status {what}" if what else None
+        return f"failed: {what.strip().splitlines()[-1]}"
 
     def last_lines(self) -> list[str]:
         try:

@@ -47,7 +47,7 @@ class Cluster(ABC):
 
     @abstractmethod
     def fate(self, external_id: str) -> str:
-        """Return what is known of how a job that left no result ended."""
+        """Return what the cluster knows of how a job ended that did not succeed."""
 
     @abstractmethod
     def cancel(self, attempts: Iterable[Attempt]) -> None:
@@ -82,11 +82,11 @@ class Slurm(Cluster):
         shown = _output(["scontrol", "show", "job", "--oneliner", external_id])
         if shown:
             known = dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)
-            return f"{known['JobState']}, exit code {known['ExitCode']}, reason {known['Reason']}"
+            return f"Slurm says {known['JobState']}, exit code {known['ExitCode']}, reason {known['Reason']}"
         told = _output(["sacct", "-X", "-n", "-P", "-j", external_id, "-o", "State,ExitCode"])
         if told and told.strip():
             state, code = told.splitlines()[0].split("|")
-            return f"{state}, exit code {code}"
+            return f"Slurm says {state}, exit code {code}"
         return "neither scontrol nor sacct knows of it any more"
 
     def cancel(self, attempts: Iterable[Attempt]) -> None:
@@ -127,7 +127,7 @@ class Local(Cluster):
         return {pid for pid in os.listdir("/proc") if pid.isdecimal() and names & set(_arguments(pid))}
 
     def fate(self, external_id: str) -> str:
-        return "its process is gone"
+        return "its process has ended"
 
     def cancel(self, attempts: Iterable[Attempt]) -> None:
         for attempt in attempts:
@@ -158,7 +158,7 @@ class Debug(Cluster):
         return set()
 
     def fate(self, external_id: str) -> str:
-        return "it left no result"
+        return "it ran in this process"
 
     def cancel(self, attempts: Iterable[Attempt]) -> None:
         """Do nothing: a job has ended when it is submitted."""
