@@ -1,5 +1,6 @@
 """What runs on a node, and the files by which it is found again."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -53,15 +54,15 @@ class Command:
 
 def _end(process: subprocess.Popen) -> None:
     """End what is left of a command and its children."""
-    for number, patience_s in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 5.0)):
-        try:
+    for number, patience_s in ((signal.SIGTERM, 0.5), (signal.SIGKILL, 0.0)):
+        with contextlib.suppress(ProcessLookupError):  # none is left
             os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            continue
+            until = time.monotonic() + patience_s
+            while time.monotonic() < until:
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+    process.wait()
 
 
 def identity(job) -> str:
