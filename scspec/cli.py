@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     run_cell.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     run_cell.add_argument("--prompts-per-batch", type=int, default=1, help="prompts decoded side by side (default 1)")
     run_cell.add_argument("--gpus", type=int, default=1, help="GPUs that the models are spread over (default 1)")
+    run_cell.add_argument("--cells-per-gpu", type=int, default=1, help="cells that may share a GPU (default 1)")
     run_cell.set_defaults(command=_run_cell)
 
     fetch = commands.add_parser("fetch", help="fetch a model's files, check and convert them")
@@ -62,13 +63,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run_cell(arguments: argparse.Namespace) -> None:
     from scspec.cells import Cell
-    from scspec.run import run_cell
+    from scspec.gpus import claim_gpus
 
-    counts = {name: getattr(arguments, name) for name in ("threads", "prompts_per_batch", "gpus")}
+    counts = {name: getattr(arguments, name) for name in ("threads", "prompts_per_batch", "gpus", "cells_per_gpu")}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {value} is not allowed; allowed: at least 1")
-    run_cell(Cell.from_json(arguments.cell), arguments.output, **counts)
+    cell, cells_per_gpu = Cell.from_json(arguments.cell), counts.pop("cells_per_gpu")
+    if cell.device == "cuda":
+        claim_gpus(counts["gpus"], cells_per_gpu)
+    from scspec.run import run_cell  # imports torch, which is to see the claimed GPUs alone
+
+    run_cell(cell, arguments.output, **counts)
 
 
 def _fetch(arguments: argparse.Namespace) -> None:

@@ -94,6 +94,7 @@ class Experiment:
     threads_per_cell: int
     prompts_per_batch: int
     gpus: int
+    cells_per_gpu: int
     demonstration: bool
     settings: dict[str, Any] = field(hash=False)
 
@@ -111,7 +112,7 @@ def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
     _check_across(settings)
     plain = (
         *("prompt_file", "prompt_limit", "max_new_tokens", "device", "dtype", "backend"),
-        *("threads_per_cell", "prompts_per_batch", "gpus", "demonstration"),
+        *("threads_per_cell", "prompts_per_batch", "gpus", "cells_per_gpu", "demonstration"),
     )
     axes = ("stoc_len", "sc_prec", "gamma", "sc_seed", "sampling_seed")
     return Experiment(
@@ -243,8 +244,9 @@ def _check_across(settings: Mapping[str, Any]) -> None:
     if settings["backend"] not in BACKENDS[device]:
         allowed = ", ".join(BACKENDS[device])
         raise ValueError(f"backend: {settings['backend']!r} is not allowed with device: {device!r}; allowed: {allowed}")
-    if settings["gpus"] > 1 and device != "cuda":
-        raise ValueError(f"gpus: {settings['gpus']} is not allowed with device: {device!r}; allowed: 1")
+    for key in ("gpus", "cells_per_gpu"):
+        if settings[key] > 1 and device != "cuda":
+            raise ValueError(f"{key}: {settings[key]} is not allowed with device: {device!r}; allowed: 1")
     for name, pair in settings["pairs"].items():
         dtype = pair["dtype"] or settings["dtype"]
         if pair["enabled"] and dtype not in DTYPES[device]:

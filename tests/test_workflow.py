@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_gpus import fake_nvidia_smi
 
 from scspec.cli import main
 
@@ -202,15 +203,18 @@ def test_invalid_combinations_are_listed_once_and_not_run(built: Workflow) -> No
     assert json.loads((built.folder / "results" / "plan.json").read_text())["invalid"][0]["draft_stoc_len"] == 7.5
 
 
-def test_a_machines_gpus_hold_one_cell_at_a_time(built: Workflow) -> None:
+def test_as_many_cells_run_at_a_time_as_the_machines_gpus_have_room_for(built: Workflow) -> None:
+    one, two = (fake_nvidia_smi(built.folder / f"{count}-gpus", count) for count in (1, 2))
     built.configure(device="cuda", backend="cuda", gpus=2)
-    calls, output = built.run(STUB_GPUS="2")
+    calls, output = built.run(STUB_GPUS="2", **two)
     assert (calls["alone"], calls["together"]) == (4, 0)  # --cores 2 alone would let two of them run
     assert "gpus=2" in output
     built.configure(device="cuda", backend="cuda")
-    assert built.run()[0] == Counter(["report"])  # it shows the settings
-    calls, _ = built.run("--forceall", "--resources", "gpus=2")
-    assert calls["together"]
+    assert built.run(**one)[0] == Counter(["report"])  # it shows the settings
+    assert not built.run("--forceall", **one)[0]["together"]
+    assert built.run("--forceall", **two)[0]["together"]
+    built.configure(device="cuda", backend="cuda", cells_per_gpu=2)
+    assert built.run("--forceall", **one)[0]["together"]
 
 
 def test_a_failed_cell_stops_no_other_and_its_log_is_named(built: Workflow) -> None:
