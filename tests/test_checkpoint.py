@@ -345,19 +345,19 @@ def test_smollm2_killed_once_ends_as_undisturbed(tmp_path):
 @pytest.mark.full
 @pytest.mark.parametrize("slots", [1, 2])
 def test_smollm2_killed_at_three_points_ends_as_undisturbed_full(tmp_path, slots):
-    """Within the first prompt, within a later one, and within the last, each time from outside."""
+    """Within the first prompts and twice within later ones, each time from outside."""
     cell = smollm2_cell(max_new_tokens=24)
     output, undisturbed = tmp_path / "cell.parquet", tmp_path / "undisturbed.parquet"
-    for prompts in (0, 1, 3):
+    for prompts in (0, 1, 2):
         process = start(cell, output, "-m", "scspec")
         while not any(map(Path.read_bytes, partial(output))) or len(saved(output)) < prompts:
             assert process.poll() is None
             time.sleep(0.05)
-        time.sleep(1)  # into the next prompt
+        time.sleep(0.2)  # into the next prompt
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert not output.exists()
-    assert 3 <= len(saved(output)) < 4
+    assert 2 <= len(saved(output)) < 4
     for path in (output, undisturbed):
         assert start(cell, path, "-m", "scspec").wait(600) == 0
     assert_same(output, undisturbed)
