@@ -35,13 +35,23 @@ PROFILE = "executor: submitit\njobs: 1000\nkeep-going: true\nrerun-incomplete: t
 
 
 class Run:
-    """Snakemake as a process of its own, in a session of its own, its messages in a file."""
+    """Snakemake as a process of its own, in a session of its own, its messages in a file.
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    interrupt: what it does at first on SIGINT; a shell has what it starts in the background ignore it.
+    """
+
+    def __init__(self, folder: Path, *arguments: str, interrupt: signal.Handlers = signal.SIG_DFL) -> None:
         self._log = folder / "messages"
         with open(self._log, "ab") as log:
             command = ["snakemake", *arguments]
-            self.process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt),
+            )
 
     def wait(self, timeout: float = 60) -> int:
         return self.process.wait(timeout)
@@ -126,6 +136,15 @@ def test_a_signal_leaves_no_job_behind(start, folder: Path, number: signal.Signa
     assert run.wait(10) == 1
     wait(lambda: not processes_in(folder), 20)
     assert texts(folder) == {}
+
+
+def test_a_snakemake_in_the_background_leaves_no_job_behind_either(folder: Path) -> None:
+    arguments = ["--profile", "slurm", "--submitit-cluster", "local", "--config", "cells=1", "seconds=100"]
+    run = Run(folder, *arguments, interrupt=signal.SIG_IGN)
+    all_started(folder, 1)
+    run.process.terminate()
+    assert run.wait(10) == 1
+    wait(lambda: not processes_in(folder), 20)
 
 
 def test_a_killed_snakemake_finds_its_jobs_again(start, folder: Path) -> None:

@@ -1,10 +1,12 @@
 """The three places where submitit runs jobs, behind one interface."""
 
+import contextlib
 import os
 import pickle
+import signal
 import subprocess
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +119,8 @@ class Local(Cluster):
         executor.update_parameters(
             timeout_min=options.minutes, signal_delay_s=options.warning_s, setup=list(options.setup)
         )
-        jobs = executor.submit_array(commands)
+        with _heard_interrupts():
+            jobs = executor.submit_array(commands)
         self._processes += [job._process for job in jobs]
         return [job.job_id for job in jobs]
 
@@ -132,7 +135,19 @@ class Local(Cluster):
     def cancel(self, attempts: Iterable[Attempt]) -> None:
         for attempt in attempts:
             if attempt.id in self.alive([attempt.folder]):
-                os.kill(int(attempt.id), 2)
+                os.kill(int(attempt.id), signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _heard_interrupts() -> Iterator[None]:
+    """What starts within the block hears SIGINT, by which submitit cancels, also where a shell has us ignore it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _arguments(pid: str) -> list[bytes]:
