@@ -227,6 +227,11 @@ def test_a_job_without_a_runtime_is_refused() -> None:
         options_of(SimpleNamespace(name="cell", resources={"_cores": 1}), ExecutorSettings())
 
 
+def test_a_job_that_would_be_warned_when_it_starts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^cell: runtime=1 minutes; must be more than the 60 s of warning$"):
+        options_of(job_asking(runtime=1), ExecutorSettings(warning=60))
+
+
 @pytest.mark.parametrize(
     ("setting", "value"), [("array_size", 0), ("poll_interval", 0), ("warning", 0), ("requeues", -1), ("sbatch", ["x"])]
 )
@@ -236,8 +241,9 @@ def test_settings_that_mean_nothing_are_refused(setting: str, value: object) -> 
 
 
 def test_a_command_ends_with_all_its_processes(tmp_path: Path) -> None:
-    command = Command(f"sleep 1000 & echo $! > {tmp_path}/pid; exit 4", "")
+    command = Command(f"sleep 1000 & echo $! > {tmp_path}/pid; exit 4", "", tmp_path / "folder")
     assert command() == 4
+    assert (tmp_path / "folder").is_dir()  # where its result will be written, also if somebody has deleted it
     (child,) = map(int, (tmp_path / "pid").read_text().split())
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 

@@ -36,6 +36,8 @@ common_settings = CommonSettings(
     pass_group_args=True,
 )
 
+_REFUSED = (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError, OSError)
+
 
 def _told(text: str, **more) -> dict:
     return {"help": text, **more}
@@ -119,17 +121,28 @@ class Executor(RemoteExecutor):
                 self._submit_array(options, members[first : first + settings.array_size])
 
     def _submit_array(self, options: Options, jobs: list) -> None:
-        commands = [Command(self.format_job_exec(job), identity(job)) for job in jobs]
         try:
-            folder = self._ledger.new_folder()
-            ids = self._cluster.submit(folder, commands, options)
-        except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError, OSError) as error:
-            reason = " ".join(str(getattr(error, "stderr", None) or error).split())
+            attempts = self._submitted(options, jobs)
+        except _REFUSED as error:
             for job in jobs:
-                self.report_job_error(SubmittedJobInfo(job), msg=f"Not submitted: {reason}\n")
+                self.report_job_error(SubmittedJobInfo(job), msg=f"Not submitted: {_reason(error)}\n")
             return
-        for job, each in zip(jobs, ids, strict=True):
-            self._follow(job, Attempt(each, folder))
+        for job, attempt in zip(jobs, attempts, strict=True):
+            self.logger.info(f"Job {job.jobid} is submitted as {attempt.id}, its log: {attempt.stderr}")
+            self._follow(job, attempt)
+
+    def _submitted(self, options: Options, jobs: list) -> list[Attempt]:
+        """Return the attempts at all jobs, submitted as soon as the cluster answers; raises what it refuses with."""
+        while True:
+            try:
+                folder = self._ledger.new_folder()
+                commands = [Command(self.format_job_exec(job), identity(job), folder) for job in jobs]
+                return [Attempt(each, folder) for each in self._cluster.submit(folder, commands, options)]
+            except _REFUSED as error:
+                if self._cluster.alive([]) is not None:
+                    raise
+                self.logger.info(f"submitit: the cluster does not answer, submitting again: {_reason(error)}")
+                time.sleep(self.next_seconds_between_status_checks)
 
     def _follow(self, job, attempt: Attempt) -> None:
         self._attempts[attempt.id] = attempt
@@ -161,10 +174,11 @@ class Executor(RemoteExecutor):
         self._say_if_unreachable(alive is None)
         ended = self._ledger.ended(attempts)
         for info, attempt in zip(active_jobs, attempts, strict=True):
-            status = attempt.error() if attempt.id in ended else "left no result"
-            gone = alive is not None and attempt.id not in alive
-            if status is None or (gone and (attempt.id in ended or self._stays_missing(attempt.id))):
-                self._conclude(info, attempt, status)
+            has_result, gone = attempt.id in ended, alive is not None and attempt.id not in alive
+            if has_result and ((error := attempt.error()) is None or gone):
+                self._conclude(info, attempt, error)
+            elif not has_result and gone and self._stays_missing(attempt.id):
+                self._conclude(info, attempt, f"left no result; {self._cluster.fate(attempt.id)}")
             else:
                 yield info
 
@@ -182,7 +196,7 @@ class Executor(RemoteExecutor):
         lines = attempt.last_lines()
         quoted = "".join(f"    {line}\n" for line in lines)
         said = f"Last lines of {attempt.stderr}:\n{quoted}" if lines else f"Nothing was written to {attempt.stderr}.\n"
-        message = f"{attempt.id} {error}; {self._cluster.fate(attempt.id)}\n{said}"
+        message = f"{attempt.id} {error}\n{said}"
         if info.job.is_group():  # Snakemake prints no message of ours for a group
             self.logger.error(message)
         self.report_job_error(info, msg=message, aux_logs=[str(attempt.stderr)])
@@ -208,12 +222,16 @@ def options_of(job, settings: ExecutorSettings) -> Options:
     """Return what a job asks a cluster for: its resources, else the settings.
 
     mem_mb: MB; runtime: minutes, needed; gpus: a number; gpu_model: their type; slurm_partition, slurm_account, qos,
-    constraint; threads: CPUs. Raises ValueError for a job without a runtime.
+    constraint; threads: CPUs. Raises ValueError for a job without a runtime, or one that would be warned at once.
     """
     ask = job.resources.get
     runtime, gpus = ask("runtime"), ask("gpus") or 0
     if not runtime:
         raise ValueError(f"{job.name}: no resource runtime; needed are the minutes it may run")
+    if runtime * 60 <= settings.warning:
+        raise ValueError(
+            f"{job.name}: runtime={runtime} minutes; must be more than the {settings.warning} s of warning"
+        )
     extra = dict(entry.split("=", 1) for entry in settings.sbatch or ())
     named = {
         "partition": ask("slurm_partition") or settings.partition,
@@ -247,6 +265,10 @@ def _check(settings: ExecutorSettings) -> None:
     for entry in settings.sbatch or ():
         if "=" not in entry:
             raise WorkflowError(f"submitit: sbatch={entry!r}: must be NAME=VALUE, as in nodelist=n1")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(getattr(error, "stderr", None) or error).split())
 
 
 def _interrupt(*_) -> None:

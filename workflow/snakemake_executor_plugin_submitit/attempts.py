@@ -24,10 +24,14 @@ _WARNING = JobEnvironment.USR_SIG  # reaches all processes of a job; submitit's 
 
 @dataclass(frozen=True)
 class Command:
-    """A shell command as a function for submitit, which may stop it and start it again later; whose job: `identity`."""
+    """A shell command as a function for submitit, which may stop it and start it again later.
+
+    identity: whose job it is; folder: where submitit will write its result.
+    """
 
     shell: str
     identity: str
+    folder: Path
 
     def __call__(self) -> int:
         """Run it and return its exit status.
@@ -46,6 +50,7 @@ class Command:
         finally:
             _end(process)
             signal.signal(signal.SIGTERM, before)
+            self.folder.mkdir(parents=True, exist_ok=True)  # else a finished job is lost where somebody has tidied up
 
     def checkpoint(self) -> DelayedSubmission:
         """Return what submitit puts back in the queue; the exception that ends this attempt ends the command too."""

@@ -7,7 +7,7 @@ import signal
 import subprocess
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from submitit.core.utils import JobPaths
@@ -115,7 +115,7 @@ class Local(Cluster):
         executor = LocalExecutor(folder, max_num_timeout=options.requeues)
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         line = "unset CUDA_VISIBLE_DEVICES" if visible is None else f"export CUDA_VISIBLE_DEVICES={visible}"
-        commands = [Command(f"{line}\n{command.shell}", command.identity) for command in commands]
+        commands = [replace(command, shell=f"{line}\n{command.shell}") for command in commands]
         executor.update_parameters(
             timeout_min=options.minutes, signal_delay_s=options.warning_s, setup=list(options.setup)
         )
