@@ -29,7 +29,7 @@ AccountingStoragePort={accounting_port}
 AccountingStoragePass={folder}/munge/socket
 AccountingStorageTRES=gres/gpu"""
 NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
-IN_SERVICE = ("idle", "mixed", "allocated", "completing")
+IN_SERVICE = ("idle", "mixed", "allocated", "completing", "planned")  # planned: kept free for a job that waits
 SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 
 
