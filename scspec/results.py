@@ -1,7 +1,8 @@
 """The Parquet file of a cell: one row per block (one target pass), written atomically and read strictly.
 
 Nothing is aggregated here: `stats` derives every quantity from these rows. What a block is and what its
-counters must satisfy is Seam 2 of docs/architecture.md, the columns are Seam 3.
+counters must satisfy is Seam 2 of docs/architecture.md, the columns are Seam 3. A replayed cell of sampled text has a
+row for each block that could be, with its expected number as `weight`; in all others every weight is 1.
 """
 
 import json
@@ -18,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METADATA_KEY = b"scspec"
 METADATA_KEYS = frozenset(
     [
@@ -30,7 +31,9 @@ METADATA_KEYS = frozenset(
 _SIDES = ("target", "draft")
 # Null on a floating-point side; the grid point is null where no side is in SC, its length where the target is not.
 SIDE_COLUMNS = tuple(f"{side}_{knob}" for knob in ("stoc_len", "sc_prec", "sc_seed") for side in _SIDES)
-NULLABLE = frozenset(("stoc_len", "sc_prec", "sc_seed", *SIDE_COLUMNS, "stop"))
+_TIMES = ("draft_time_s", "verify_time_s")  # null in a replayed cell
+NULLABLE = frozenset(("stoc_len", "sc_prec", "sc_seed", *SIDE_COLUMNS, "stop", *_TIMES))
+LOOP, REPLAY = "loop", "replay"
 
 
 def _fields(names: Iterable[str], kind: pa.DataType) -> list[pa.Field]:
@@ -42,7 +45,7 @@ _KEY_FIELDS = [
     *_fields(("stoc_len", "sc_prec", "gamma", "sampling_seed", "sc_seed"), pa.int32()),
     *_fields(("target_model", "draft_model"), pa.string()),
     *_fields(SIDE_COLUMNS, pa.int32()),
-    *_fields(("target_settings", "draft_settings", "device", "backend"), pa.string()),
+    *_fields(("target_settings", "draft_settings", "device", "backend", "method"), pa.string()),
     *_fields(("do_sample",), pa.bool_()),
 ]
 KEY_COLUMNS = tuple(field.name for field in _KEY_FIELDS)  # the same in every row of a cell
@@ -52,12 +55,13 @@ SCHEMA = pa.schema(
         *_KEY_FIELDS,
         *_fields(("prompt_id", "category"), pa.string()),
         *_fields(("turn", "prompt_tokens", "block", "start"), pa.int32()),
+        *_fields(("weight",), pa.float64()),
         *_fields(("proposed_ids", "emitted_ids"), pa.list_(pa.int32())),
         *_fields(("accepted", "kept"), pa.int32()),
         *_fields(("beta",), pa.list_(pa.float64())),
         *_fields(("margin",), pa.list_(pa.float32())),
         *_fields(("stop",), pa.string()),
-        *_fields(("draft_time_s", "verify_time_s"), pa.float64()),
+        *_fields(_TIMES, pa.float64()),
     ]
 )
 
@@ -218,13 +222,29 @@ def padded(lists: pd.Series, fill: float) -> np.ndarray:
     return matrix
 
 
+def _expected(blocks: pd.DataFrame) -> np.ndarray:
+    """Whether each block is one that could be, with its expected number as `weight`: a replayed sampled one."""
+    return ((blocks["method"] == REPLAY) & blocks["do_sample"]).to_numpy()
+
+
 def _block_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
     """What can be wrong with a block in itself (Seam 2) -> (rows,) whether it is."""
     gamma, accepted, kept = (blocks[name].to_numpy() for name in ("gamma", "accepted", "kept"))
     emitted = blocks["emitted_ids"].map(len).to_numpy()
-    stop = blocks["stop"].astype(object)
+    stop, weight = blocks["stop"].astype(object), blocks["weight"].to_numpy()
+    proposed, replayed = blocks["proposed_ids"].map(len).to_numpy(), (blocks["method"] == REPLAY).to_numpy()
     return {
-        "proposed_ids does not hold gamma tokens": blocks["proposed_ids"].map(len).to_numpy() != gamma,
+        "method is not 'loop' or 'replay'": ~blocks["method"].isin([LOOP, REPLAY]).to_numpy(),
+        "weight is not 1, or of a replayed sampled block in 0..1": (
+            np.where(_expected(blocks), ~((weight > 0) & (weight <= 1)), weight != 1)
+        ),
+        "proposed_ids does not hold gamma tokens": ~replayed & (proposed != gamma),
+        "proposed_ids does not end with or before the first rejected proposal": (
+            replayed & ((proposed < accepted) | (proposed > np.minimum(gamma, accepted + 1)))
+        ),
+        "times are not null where replayed and given elsewhere": (
+            blocks[list(_TIMES)].isna().to_numpy() != replayed[:, None]
+        ).any(axis=1),
         "accepted is outside 0..gamma": (accepted < 0) | (accepted > gamma),
         "emitted_ids holds not 1..accepted + 1 tokens": (emitted < 1) | (emitted > accepted + 1),
         "beta and margin do not have one value per emitted token": (
@@ -269,11 +289,24 @@ def _sequence_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
     last[:-1] = (blocks[_TEXT].iloc[:-1].to_numpy() != blocks[_TEXT].iloc[1:].to_numpy()).any(axis=1)
     stopped = blocks["stop"].notna().to_numpy()
     end = blocks["start"].to_numpy() + blocks["emitted_ids"].map(len).to_numpy()
+    counted = ~_expected(blocks)
     return {
-        "the last block of a prompt has no stop": last & ~stopped,
-        "stop is set, but another block follows": ~last & stopped,
-        "the next block does not start where this one ends": ~last & (following["start"].to_numpy() != end),
+        "the last block of a prompt has no stop": counted & last & ~stopped,
+        "stop is set, but another block follows": counted & ~last & stopped,
+        "the next block does not start where this one ends": (
+            counted & ~last & (following["start"].to_numpy() != end)
+        ),
+        "its text is not expected to end once": _endings(blocks, stopped),
     }
+
+
+def _endings(blocks: pd.DataFrame, stopped: np.ndarray) -> np.ndarray:
+    """Whether a replayed sampled text's expected number of last blocks is not 1.
+
+    1e-9: it is a sum of products of probabilities, in float64, over at most a few thousand blocks.
+    """
+    ended = blocks["weight"].where(stopped, 0.0).groupby([blocks[name] for name in _TEXT]).transform("sum")
+    return _expected(blocks) & (np.abs(ended - 1).to_numpy() > 1e-9)
 
 
 _TEXT = ["cell_id", "prompt_id", "turn"]

@@ -19,7 +19,7 @@ from scspec.hardware import sc_mac_share
 from scspec.models import check_placement, check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
 from scspec.patching import knobs_of
 from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
-from scspec.results import SCHEMA_VERSION, write_cell
+from scspec.results import LOOP, SCHEMA_VERSION, write_cell
 from scspec.sc.knobs import PRESETS, resolve_knobs
 
 #: Blocks decoded before the first that counts, in each slot, if all their proposals are accepted; else more.
@@ -203,6 +203,7 @@ class _Run:
             "sc_seed": cell.sc_seed,
             "device": cell.device,
             "backend": cell.backend,
+            "method": LOOP,
             "do_sample": cell.sampling.do_sample,
         }
         for name, side, model in (("target", cell.target, self.target), ("draft", cell.draft, self.draft)):
@@ -246,6 +247,7 @@ def _prompt_metadata(cell: Cell, finished: list[FinishedPrompt]) -> dict:
 def _block_row(block: Block) -> dict:
     return {
         "start": block.start,
+        "weight": 1.0,
         "proposed_ids": block.proposed,
         "emitted_ids": block.emitted,
         "accepted": block.accepted,

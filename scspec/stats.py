@@ -111,7 +111,8 @@ SUMMARY_COLUMNS = (
 
 
 def _block_sums(blocks: pd.DataFrame) -> pd.DataFrame:
-    """A row per block with the columns of _SUMS and at_risk_i, succeeded_i for i = 1..the largest gamma."""
+    """A row per block with the columns of _SUMS and at_risk_i, succeeded_i for i = 1..the largest gamma, each times
+    the block's weight."""
     emitted = blocks["beta"].map(len).to_numpy()
     gamma, accepted = blocks["gamma"].to_numpy(), blocks["accepted"].to_numpy()
     beta = padded(blocks["beta"], 0.0)
@@ -131,7 +132,7 @@ def _block_sums(blocks: pd.DataFrame) -> pd.DataFrame:
     for i in range(1, gamma.max() + 1):
         sums[f"at_risk_{i}"] = emitted >= i
         sums[f"succeeded_{i}"] = (emitted >= i) & (accepted >= i)
-    return pd.DataFrame(sums, dtype=np.float64)
+    return pd.DataFrame(sums, dtype=np.float64).mul(blocks["weight"].to_numpy(), axis=0)
 
 
 def prompt_sums(blocks: pd.DataFrame) -> pd.DataFrame:
@@ -220,7 +221,7 @@ def _estimates(per_prompt: pd.DataFrame, gamma: int, resamples: int, seed: int) 
         "predicted_tau": float(predicted_tau(values["alpha"], gamma)),
         **dict(zip(("alpha_lo", "alpha_hi", "interval"), alpha_interval, strict=True)),
         **dict(zip(("tau_lo", "tau_hi", "tau_interval"), tau_interval, strict=True)),
-        **{name: int(total[name][0]) for name in ("tokens", "blocks")},
+        **{name: round(total[name][0]) for name in ("tokens", "blocks")},  # sampled and replayed: expected numbers
         "prompts": prompts,
         **{name: total[name][0] for name in TIMES},
         **{f"mean_{name}": total[name][0] / total["blocks"][0] for name in TIMES},

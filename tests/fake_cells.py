@@ -56,6 +56,7 @@ def blocks_of_text(tokens, agree, beta, *, gamma, max_new_tokens, prompt_tokens=
                 "block": len(blocks),
                 "start": prompt_tokens + n,
                 "prompt_tokens": prompt_tokens,
+                "weight": 1.0,
                 "proposed_ids": proposed.tolist(),
                 "emitted_ids": emitted,
                 "accepted": accepted,
@@ -112,6 +113,7 @@ def fake_keys(
         "draft_settings": knobs,
         "device": "cpu",
         "backend": "cpu",
+        "method": "loop",
         "do_sample": do_sample,
     }
     return {**keys, **changed}

@@ -27,10 +27,11 @@ SEAM_3 = {
     **dict.fromkeys(["target_model", "draft_model"], pa.string()),
     **dict.fromkeys(["target_stoc_len", "draft_stoc_len", "target_sc_prec", "draft_sc_prec"], pa.int32()),
     **dict.fromkeys(["target_sc_seed", "draft_sc_seed"], pa.int32()),
-    **dict.fromkeys(["target_settings", "draft_settings", "device", "backend"], pa.string()),
+    **dict.fromkeys(["target_settings", "draft_settings", "device", "backend", "method"], pa.string()),
     "do_sample": pa.bool_(),
     **dict.fromkeys(["prompt_id", "category"], pa.string()),
     **dict.fromkeys(["turn", "prompt_tokens", "block", "start"], pa.int32()),
+    "weight": pa.float64(),
     **dict.fromkeys(["proposed_ids", "emitted_ids"], pa.list_(pa.int32())),
     **dict.fromkeys(["accepted", "kept"], pa.int32()),
     "beta": pa.list_(pa.float64()),
@@ -141,8 +142,8 @@ def test_metadata_is_complete(tmp_path, keys, rows):
     del metadata["commit"], metadata["schema_version"]  # the second is filled in
     with pytest.raises(ValueError, match=r"missing metadata keys \['commit'\]"):
         write_cell(tmp_path / "cell.parquet", rows, metadata)
-    with pytest.raises(ValueError, match="schema_version is 2"):
-        write_cell(tmp_path / "cell.parquet", rows, fake_metadata(keys, schema_version=2))
+    with pytest.raises(ValueError, match="schema_version is 1"):
+        write_cell(tmp_path / "cell.parquet", rows, fake_metadata(keys, schema_version=1))
 
 
 @pytest.mark.parametrize("fails", ["os.replace", "os.fsync", "pyarrow.parquet.write_table"])
@@ -220,8 +221,8 @@ def test_foreign_and_changed_files_are_named(cell):
     assert "unknown columns ['more']" in one_line_error(cell)
     rewrite(cell, table.set_column(table.schema.get_field_index("kept"), "kept", pa.array([1.0] * len(table))))
     assert "column kept is double, expected int32" in one_line_error(cell)
-    rewrite(cell, table, schema_version=2)
-    assert "schema_version is 2, this code reads 1" in one_line_error(cell)
+    rewrite(cell, table, schema_version=1)
+    assert "schema_version is 1, this code reads 2" in one_line_error(cell)
     pq.write_table(pa.table({"x": [1]}), cell)
     assert "not a cell of scspec" in one_line_error(cell)
 
@@ -258,7 +259,7 @@ def test_real_blocks_satisfy_the_identities(do_sample, eos_rate, gamma):
 
 def one_prompt():
     """Two blocks at gamma 2: (8 accepted, 9 rejected, 10 the correction), then (11, 12 accepted, 13 the bonus)."""
-    shared = {**fake_keys(gamma=2), "prompt_id": "p", "category": "maths", "turn": 0, "prompt_tokens": 5}
+    shared = {**fake_keys(gamma=2), "prompt_id": "p", "category": "maths", "turn": 0, "prompt_tokens": 5, "weight": 1.0}
     times = {"draft_time_s": 0.1, "verify_time_s": 0.2}
     first = {"block": 0, "start": 5, "proposed_ids": [8, 9], "emitted_ids": [8, 10], "accepted": 1, "kept": 2}
     second = {"block": 1, "start": 7, "proposed_ids": [11, 12], "emitted_ids": [11, 12, 13], "accepted": 2, "kept": 2}
@@ -292,6 +293,10 @@ def one_prompt():
         (1, {"stop": None, "kept": 3}, "no stop"),
         (0, {"stop": "budget"}, "another block follows"),
         (1, {"start": 8}, "does not start where"),
+        (0, {"method": "guess"}, "'loop' or 'replay'"),
+        (0, {"weight": 0.5}, "weight is not 1"),
+        (0, {"draft_time_s": None}, "times are not null"),
+        (0, {"method": "replay", "draft_time_s": None}, "times are not null"),
     ],
 )
 def test_a_violated_identity_names_the_block(block, changes, fault):
@@ -300,6 +305,58 @@ def test_a_violated_identity_names_the_block(block, changes, fault):
     rows[block].update(changes)
     where = 0 if "does not start" in fault else block
     with pytest.raises(ValueError, match=f"{fault}.*'prompt_id': 'p'.*'block': {where},"):
+        check_identities(pd.DataFrame(rows))
+
+
+REPLAYED = {"method": "replay", "draft_time_s": None, "verify_time_s": None}
+
+
+@pytest.mark.parametrize("proposed", [[8], [8, 9]])  # up to the last accepted one, or the first rejected one
+def test_a_replayed_block_knows_its_proposals_up_to_the_first_rejection(proposed):
+    rows = [{**row, **REPLAYED} for row in one_prompt()]
+    rows[0]["proposed_ids"] = proposed
+    check_identities(pd.DataFrame(rows))
+
+
+@pytest.mark.parametrize("proposed", [[], [8, 9, 9]])
+def test_a_replayed_block_with_other_proposals_is_named(proposed):
+    rows = [{**row, **REPLAYED} for row in one_prompt()]
+    rows[0]["proposed_ids"] = proposed
+    with pytest.raises(ValueError, match="first rejected proposal.*'block': 0"):
+        check_identities(pd.DataFrame(rows))
+
+
+def expected_blocks():
+    """A replayed sampled text of two tokens at gamma 1, whose first token is accepted with probability 0.25."""
+    shared = {**fake_keys(gamma=1, do_sample=True), **REPLAYED, "prompt_id": "p", "category": "maths", "turn": 0}
+    first = {**shared, "prompt_tokens": 5, "start": 5, "beta": [0.5], "margin": [1.0]}
+    rejected = {"block": 0, "weight": 0.75, "proposed_ids": [], "emitted_ids": [8], "accepted": 0, "kept": 1}
+    accepted = {"block": 1, "weight": 0.25, "proposed_ids": [8], "emitted_ids": [8, 9], "accepted": 1, "kept": 2}
+    last = {"block": 2, "weight": 0.75, "proposed_ids": [], "emitted_ids": [9], "accepted": 0, "kept": 1}
+    return [
+        {**first, **rejected, "stop": None},
+        {**first, **accepted, "beta": [0.5, 0.5], "margin": [1.0, 1.0], "stop": "eos"},
+        {**first, **last, "start": 6, "stop": "eos"},
+    ]
+
+
+def test_expected_blocks_satisfy_the_identities():
+    check_identities(pd.DataFrame(expected_blocks()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"weight": 0.0}, "weight is not 1"),
+        ({"weight": 1.5}, "weight is not 1"),
+        ({"weight": 0.5}, "expected to end once"),
+        ({"stop": None}, "expected to end once"),
+    ],
+)
+def test_a_violated_identity_of_expected_blocks_is_named(changes, fault):
+    rows = expected_blocks()
+    rows[2].update(changes)
+    with pytest.raises(ValueError, match=fault):
         check_identities(pd.DataFrame(rows))
 
 

@@ -40,7 +40,7 @@ def hand_rows(gamma=2, prompts=("a",)):
                 {
                     **fake_keys(gamma=gamma),
                     **{"prompt_id": prompt, "category": "maths", "turn": 0, "block": number},
-                    **{"accepted": accepted, "beta": beta, "kept": kept},
+                    **{"accepted": accepted, "beta": beta, "kept": kept, "weight": 1.0},
                     **{"draft_time_s": 0.5, "verify_time_s": 1.0},
                 }
             )
