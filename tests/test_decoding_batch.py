@@ -20,6 +20,7 @@ from scspec.decoding import (
     Turn,
     decode_batch,
     decode_blocks,
+    decode_tokens,
     sampling,
     speculative,
 )
@@ -65,7 +66,8 @@ def decode_together(models, turns, slots, capacity=64, **arguments):
 
 def decode_alone(models, turn, capacity=64, **arguments):
     scorers = [CachedScorer(model, capacity) for model in models]
-    return [untimed(block) for block in decode_blocks(*scorers, **vars(turn), **arguments)]
+    own = {"max_new_tokens": turn.max_new_tokens, "draws": turn.draws}
+    return [untimed(block) for block in decode_blocks(*scorers, turn.prompt_ids, **own, **arguments)]
 
 
 @pytest.mark.parametrize("rule", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -101,6 +103,35 @@ def test_any_schedule_is_its_prompts_alone(prompts, slots, gamma, noise, do_samp
     arguments = {"gamma": gamma, "sampling": SamplingConfig(do_sample), "eos_token_ids": frozenset(eos)}
     alone = [decode_alone(models, turn, **arguments) for turn in turns]
     assert decode_together(models, turns, slots, capacity, **arguments) == alone
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("past_end", [0, 5])
+@pytest.mark.parametrize("rule", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_without_a_draft_a_batch_is_plain_decoding(rule, past_end, slots):
+    """And goes on past the end of each text by as many tokens as asked for, which are not the text's."""
+    arguments, turns = {"sampling": rule, "eos_token_ids": EOS}, [replace(turn, past_end=past_end) for turn in TURNS]
+    scorer, found, ends = CachedScorer(target_model(), 8, slots), [[] for _ in turns], set()
+    for index, _, block in decode_batch(scorer, None, map(single, turns), gamma=0, **arguments):
+        found[index].append(block)
+    for turn, blocks in zip(turns, found, strict=True):
+        prompt = {"prompt_ids": turn.prompt_ids, "draws": turn.draws, "sampling": rule}
+        plain = CachedScorer(target_model(), 64)
+        text = list(decode_tokens(plain, max_new_tokens=turn.max_new_tokens, eos_token_ids=EOS, **prompt))
+        beyond = list(decode_tokens(plain, max_new_tokens=len(text) + past_end, eos_token_ids=frozenset(), **prompt))
+        assert [block.emitted for block in blocks] == [(token,) for token in beyond]
+        assert [block.kept for block in blocks] == [1] * len(text) + [0] * past_end
+        ends.add(blocks[-1].stop)
+        assert blocks[-1].stop == ("eos" if text[-1] in EOS else "budget")
+        assert not any(block.stop or block.proposed or block.beta for block in blocks[:-1])
+    assert ends == {"eos", "budget"}
+
+
+@pytest.mark.parametrize(("gamma", "drafts", "allowed"), [(0, 1, "an integer >= 1, with"), (2, 0, "0, without")])
+def test_no_draft_and_no_proposals_go_together(gamma, drafts, allowed):
+    draft = CachedScorer(draft_model(), 8) if drafts else None
+    with pytest.raises(ValueError, match=f"gamma is {gamma}; allowed: {allowed}"):
+        next(decode_batch(CachedScorer(target_model(), 8), draft, [], gamma=gamma, sampling=GREEDY, eos_token_ids=EOS))
 
 
 ARMS = {"sc": {"sc_stoc_len": 64}, "float": PRESETS["float"], "sc linear": {"use_sc_attn": False, "sc_lm_head": True}}

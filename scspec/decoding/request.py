@@ -40,11 +40,15 @@ class Request:
 
 @dataclass(frozen=True)
 class Turn:
-    """One text to decode: what it starts from, and its own budget and draws. Raises ValueError without a token."""
+    """One text to decode: what it starts from, and its own budget and draws. Raises ValueError without a token.
+
+    `past_end` tokens more are decoded once the text has ended, and kept by nobody.
+    """
 
     prompt_ids: Sequence[int]
     max_new_tokens: int
     draws: Draws
+    past_end: int = 0
 
     def __post_init__(self):
         check_at_least_one("max_new_tokens", self.max_new_tokens)

@@ -7,6 +7,8 @@ text.
 The token at absolute position i takes its TOKEN draw wherever it comes from (proposal, plain sampling,
 bonus). So a draft equal to its target emits exactly the text of plain sampling.
 
+Without a draft and with gamma 0 a block is one token of the target's: plain decoding, of many texts at once.
+
 Texts are decoded side by side, one a slot, and each accepts its own number of tokens. All slots are fed in step: one
 without a text gets `IDLE_TOKEN` and is put back. With models that keep the contract no text notices its neighbours.
 """
@@ -49,7 +51,7 @@ class Block:
 
 def decode_batch(
     target: Scorer,
-    draft: Scorer,
+    draft: Scorer | None,
     conversations: Iterable[Conversation],
     *,
     gamma: int,
@@ -61,10 +63,14 @@ def decode_batch(
     As many conversations as the scorers have slots are decoded at once, and a free slot takes the next one. A
     conversation's blocks depend on itself alone. Whenever it yields, both scorers hold all tokens of every text but
     the last one emitted. A text that needs more room than a scorer has makes it take a new cache, and what the other
-    slots held is fed again, to the same bits. Raises ValueError if the scorers have different numbers of slots, and at
-    the first pass if the models have different vocabularies.
+    slots held is fed again, to the same bits. `draft` is None if and only if `gamma` is 0. Raises ValueError for the
+    one without the other, if the scorers have different numbers of slots, and at the first pass if the models have
+    different vocabularies.
     """
-    if target.slots != draft.slots:
+    if (draft is None) != (gamma == 0):
+        allowed = "0, without a draft" if draft is None else "an integer >= 1, with a draft"
+        raise ValueError(f"gamma is {gamma}; allowed: {allowed}")
+    if draft and target.slots != draft.slots:
         raise ValueError(f"draft has {draft.slots} slots; allowed: {target.slots}, the target's")
     batch = _Batch(target, draft, enumerate(conversations), gamma, sampling, eos_token_ids)
     while batch.refill():
@@ -99,7 +105,10 @@ def check_widths(target_size: int, draft_size: int) -> None:
 
 @dataclass
 class _Text:
-    """A turn of a conversation while a slot decodes it: `sequence` is prompt and emitted tokens, `end` its budget's."""
+    """A turn of a conversation while a slot decodes it: `sequence` is prompt and emitted tokens.
+
+    `end` is the budget's until the text has ended, then the text's; `past_end` tokens later the turn stops.
+    """
 
     conversation: int
     source: Conversation
@@ -107,18 +116,24 @@ class _Text:
     sequence: list[int]
     end: int
     draws: Draws
+    past_end: int
     reply: list[int] = field(default_factory=list)
-    stop: str | None = None
+    ended: str | None = None
+
+    @property
+    def stop(self) -> str | None:
+        """Why the text has ended, once the tokens past its end are there too."""
+        return self.ended if len(self.sequence) >= self.end + self.past_end else None
 
     def extend(self, emitted: list[int], eos_token_ids: frozenset[int]) -> int:
-        """Append a block's tokens, set `stop` and return how many of them lie within the budget."""
-        kept = min(len(emitted), self.end - len(self.sequence))
+        """Append a block's tokens and return how many of them are the text's: none past its end."""
+        kept = 0 if self.ended else min(len(emitted), self.end - len(self.sequence))
         self.sequence += emitted
         self.reply += emitted[:kept]
         if not eos_token_ids.isdisjoint(emitted[:kept]):
-            self.stop = "eos"
+            self.ended, self.end = "eos", len(self.sequence)
         elif len(self.sequence) >= self.end:
-            self.stop = "budget"
+            self.ended = self.ended or "budget"
         return kept
 
 
@@ -127,19 +142,23 @@ class _Batch:
     """What `decode_batch` works on; `texts` maps each slot in use to its text."""
 
     target: Scorer
-    draft: Scorer
+    draft: Scorer | None
     waiting: Iterator[tuple[int, Conversation]]
     gamma: int
     sampling: SamplingConfig
     eos_token_ids: frozenset[int]
     texts: dict[int, _Text] = field(default_factory=dict)
 
+    @property
+    def scorers(self) -> list[Scorer]:
+        return [self.target] if self.draft is None else [self.target, self.draft]
+
     def refill(self) -> bool:
         """Give each free slot its conversation's next turn or another conversation; whether any text is left."""
         for slot in range(self.target.slots):
             if slot not in self.texts or self.texts[slot].stop:
                 text = _next_text(self.texts.pop(slot, None), self.waiting)
-                for scorer in (self.target, self.draft):
+                for scorer in self.scorers:
                     self._admit(scorer, slot, text)
                 if text:
                     self.texts[slot] = text
@@ -149,16 +168,16 @@ class _Batch:
         """The block of each slot in use, after one pass over all slots; texts extended, scorers rolled back to them."""
         places = {slot: (len(text.sequence), text.draws) for slot, text in self.texts.items()}
         rule = (Sampled if self.sampling.do_sample else Greedy)(places, self.sampling)
-        began_s, drafting = time.perf_counter(), _Stopwatch(self.draft.device)
+        began_s, drafting = time.perf_counter(), _Stopwatch(self.scorers[-1].device)
         ids, width = self._propose(rule)
         drafting.stop()
         logits = self.target.feed(ids, self.gamma + 1)
-        check_widths(logits.shape[-1], width)
+        check_widths(logits.shape[-1], width or logits.shape[-1])
         verdicts = rule.verify(logits)
         verified_s = time.perf_counter()
         emitted = {slot: _until_eos(verdict.emitted, self.eos_token_ids) for slot, verdict in verdicts.items()}
         full = [slot for slot, tokens in emitted.items() if len(tokens) > self.gamma]
-        if full:  # the bonus position has a beta too, and q there asks for the last proposal
+        if full and self.draft:  # the bonus position has a beta too, and q there asks for the last proposal
             rule.add_bonus(self.draft.feed(ids[:, -1:], 1)[:, 0], full)
         ingesting_s, drafting_s = time.perf_counter() - verified_s, drafting.elapsed_s()
         times_s = drafting_s + ingesting_s, verified_s - began_s - drafting_s
@@ -168,20 +187,21 @@ class _Batch:
 
     def _admit(self, scorer: Scorer, slot: int, text: _Text | None) -> None:
         """Make a slot hold all of a text but its last token; without a text, nothing."""
-        if text and scorer.reserve(text.end + self.gamma):
+        if text and scorer.reserve(text.end + text.past_end + self.gamma):
             for other, held in self.texts.items():
                 scorer.prefill(other, held.sequence[:-1])
         scorer.prefill(slot, text.sequence[:-1] if text else [])
 
-    def _propose(self, rule: Greedy | Sampled) -> tuple[torch.Tensor, int]:
-        """Each slot's last token and its proposals, int64 (slots, gamma + 1), and the draft's vocabulary size."""
-        slots = range(self.target.slots)
+    def _propose(self, rule: Greedy | Sampled) -> tuple[torch.Tensor, int | None]:
+        """Each slot's last token and its proposals, int64 (slots, gamma + 1), and the size of a draft's vocabulary."""
+        slots, device, width = range(self.target.slots), self.scorers[-1].device, None
         last = [self.texts[slot].sequence[-1] if slot in self.texts else IDLE_TOKEN for slot in slots]
-        ids = [torch.tensor(last, device=self.draft.device)[:, None]]
+        ids = [torch.tensor(last, device=device)[:, None]]
         for _ in range(self.gamma):
             logits = self.draft.feed(ids[-1], 1)[:, 0]
-            ids.append(rule.propose(logits).to(self.draft.device))
-        return torch.cat(ids, 1), logits.shape[-1]
+            width = logits.shape[-1]
+            ids.append(rule.propose(logits).to(device))
+        return torch.cat(ids, 1), width
 
     def _block(
         self, slot: int, verdict: Verdict, emitted: list[int], rule: Greedy | Sampled, times_s: tuple[float, float]
@@ -205,7 +225,7 @@ class _Batch:
     def _roll_back(self) -> None:
         for slot in range(self.target.slots):
             held = len(self.texts[slot].sequence) - 1 if slot in self.texts else 0
-            for scorer in (self.target, self.draft):
+            for scorer in self.scorers:
                 scorer.rollback(slot, held)
 
 
@@ -253,7 +273,8 @@ def _ask(conversation: int, source: Conversation, turn: int, reply: list[int] | 
     except StopIteration:
         return None
     sequence = list(asked.prompt_ids)
-    return _Text(conversation, source, turn, sequence, len(sequence) + asked.max_new_tokens, asked.draws)
+    end = len(sequence) + asked.max_new_tokens
+    return _Text(conversation, source, turn, sequence, end, asked.draws, asked.past_end)
 
 
 def _until_eos(emitted: list[int], eos_token_ids: frozenset[int]) -> list[int]:

@@ -56,7 +56,8 @@ class Greedy:
         """Each active slot's verdict on the target's logits (B, gamma + 1, V). Raises ValueError as `warp` does."""
         ids, peaks = largest(logits)
         others = logits.scatter(-1, ids[..., None], -torch.inf).amax(-1)
-        columns = _fetch([torch.stack(self.ids, 1), torch.stack(self.peaks, 1), ids, peaks, others], logits.device)
+        proposals = [_columns(self.ids, len(logits)), _columns(self.peaks, len(logits))]
+        columns = _fetch([*proposals, ids, peaks, others], logits.device)
         self.verdicts = {slot: _greedy_verdict(*(column[slot] for column in columns)) for slot in self.slots}
         return self.verdicts
 
@@ -137,6 +138,11 @@ def verify(
             return i, [*proposed[:i], correction]
     bonus = draw(p[-1], draws.uniform(start + len(proposed), TOKEN))
     return len(proposed), [*proposed, bonus]
+
+
+def _columns(tensors: list[torch.Tensor], rows: int) -> torch.Tensor:
+    """The tensors (rows,) side by side, (rows, number of tensors), which may be none."""
+    return torch.stack(tensors, 1) if tensors else torch.empty(rows, 0)
 
 
 def _fetch(columns: list[torch.Tensor], device: torch.device) -> list[np.ndarray]:
