@@ -293,9 +293,7 @@ def _sequence_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
     return {
         "the last block of a prompt has no stop": counted & last & ~stopped,
         "stop is set, but another block follows": counted & ~last & stopped,
-        "the next block does not start where this one ends": (
-            counted & ~last & (following["start"].to_numpy() != end)
-        ),
+        "the next block does not start where this one ends": (counted & ~last & (following["start"].to_numpy() != end)),
         "its text is not expected to end once": _endings(blocks, stopped),
     }
 

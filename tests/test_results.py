@@ -322,7 +322,7 @@ def test_a_replayed_block_knows_its_proposals_up_to_the_first_rejection(proposed
 def test_a_replayed_block_with_other_proposals_is_named(proposed):
     rows = [{**row, **REPLAYED} for row in one_prompt()]
     rows[0]["proposed_ids"] = proposed
-    with pytest.raises(ValueError, match="first rejected proposal.*'block': 0"):
+    with pytest.raises(ValueError, match=r"first rejected proposal.*'block': 0"):
         check_identities(pd.DataFrame(rows))
 
 
