@@ -70,7 +70,7 @@ class ExecutorSettings(ExecutorSettingsBase):
         default=None, metadata=_told("Shell lines that run first in each job: 'module load cuda'.", nargs="+", type=str)
     )
     sbatch: list | None = field(
-        default=None, metadata=_told("Further options of sbatch: exclude=n13 reservation=x.", nargs="+", type=str)
+        default=None, metadata=_told("Further options of sbatch: exclude=n13 exclusive.", nargs="+", type=str)
     )
     array_size: int = field(default=1000, metadata=_told("Most jobs of one array; Slurm's MaxArraySize is often 1001."))
     poll_interval: int = field(default=10, metadata=_told("Seconds between two looks at the jobs, at all at once."))
@@ -89,7 +89,7 @@ class Executor(RemoteExecutor):
         self._run = f"snakemake-{secrets.token_hex(6)}"
         self._cluster = CLUSTERS[settings.cluster](self._run)
         self._ledger = Ledger(settings.folder)
-        self._left_behind: list[Attempt] | None = None  # by a Snakemake before this one; looked up once
+        self._left_behind: dict[str | None, Attempt] | None = None  # by a Snakemake before this one; looked up once
         self._attempts: dict[str, Attempt] = {}  # all that have not ended, by id
         self._missing_since: dict[str, float] = {}
         self._unreachable = False
@@ -116,9 +116,9 @@ class Executor(RemoteExecutor):
                 arrays.setdefault(options_of(job, settings), []).append(job)
             except ValueError as error:
                 self.report_job_error(SubmittedJobInfo(job), msg=f"{error}\n")
-        for options, members in arrays.items():
-            for first in range(0, len(members), settings.array_size):
-                self._submit_array(options, members[first : first + settings.array_size])
+        for options, alike in arrays.items():
+            for first in range(0, len(alike), settings.array_size):
+                self._submit_array(options, alike[first : first + settings.array_size])
 
     def _submit_array(self, options: Options, jobs: list) -> None:
         try:
@@ -142,7 +142,8 @@ class Executor(RemoteExecutor):
                 if self._cluster.alive([]) is not None:
                     raise
                 self.logger.info(f"submitit: the cluster does not answer, submitting again: {_reason(error)}")
-                time.sleep(self.next_seconds_between_status_checks)
+                while self._cluster.alive([]) is None:
+                    time.sleep(self.next_seconds_between_status_checks)
 
     def _follow(self, job, attempt: Attempt) -> None:
         self._attempts[attempt.id] = attempt
@@ -153,13 +154,10 @@ class Executor(RemoteExecutor):
         """Return the attempt at this very job that a Snakemake before this one left behind."""
         if self._left_behind is None:
             alive = self._cluster.alive(self._ledger.folders())
-            self._left_behind = list(self._ledger.attempts(alive)) if alive else []
             if alive is None:
                 raise WorkflowError("submitit: the cluster does not answer; jobs left behind cannot be looked for")
-        found = next((attempt for attempt in self._left_behind if attempt.identity() == wanted), None)
-        if found:
-            self._left_behind.remove(found)
-        return found
+            self._left_behind = {attempt.identity(): attempt for attempt in self._ledger.attempts(alive)}
+        return self._left_behind.pop(wanted, None)
 
     async def check_active_jobs(self, active_jobs: list[SubmittedJobInfo]) -> AsyncIterator[SubmittedJobInfo]:
         """Report the jobs that have ended and yield the others.
@@ -172,14 +170,16 @@ class Executor(RemoteExecutor):
         async with self.status_rate_limiter:
             alive = self._cluster.alive({attempt.folder for attempt in attempts})
         self._say_if_unreachable(alive is None)
-        ended = self._ledger.ended(attempts)
+        outcomes = self._ledger.outcomes(attempts)
         for info, attempt in zip(active_jobs, attempts, strict=True):
-            has_result, gone = attempt.id in ended, alive is not None and attempt.id not in alive
-            if has_result and ((error := attempt.error()) is None or gone):
-                self._conclude(info, attempt, error)
+            has_result, gone = attempt in outcomes, alive is not None and attempt.id not in alive
+            if has_result and (outcomes[attempt] is None or gone):
+                self._conclude(info, attempt, outcomes[attempt])
             elif not has_result and gone and self._stays_missing(attempt.id):
                 self._conclude(info, attempt, f"left no result; {self._cluster.fate(attempt.id)}")
             else:
+                if not gone:
+                    self._missing_since.pop(attempt.id, None)
                 yield info
 
     def _stays_missing(self, external_id: str) -> bool:
@@ -190,7 +190,10 @@ class Executor(RemoteExecutor):
     def _conclude(self, info: SubmittedJobInfo, attempt: Attempt, error: str | None) -> None:
         del self._attempts[attempt.id]
         if error is None:
-            self._ledger.forget(attempt)
+            try:
+                self._ledger.forget(attempt)
+            except OSError as reason:  # the result is there: a left file is no reason to fail
+                self.logger.info(f"submitit: files of {attempt.id} stay: {reason}")
             self.report_job_success(info)
             return
         lines = attempt.last_lines()
@@ -215,7 +218,7 @@ class Executor(RemoteExecutor):
 
     def cancel_jobs(self, active_jobs: list[SubmittedJobInfo]) -> None:
         """Cancel every job that has not ended, also one that `active_jobs` lacks because it is being looked at."""
-        self._cluster.cancel(self._attempts.values())
+        self._cluster.cancel(list(self._attempts.values()))  # a copy: the look at them goes on in its thread
 
 
 def options_of(job, settings: ExecutorSettings) -> Options:
@@ -232,7 +235,6 @@ def options_of(job, settings: ExecutorSettings) -> Options:
         raise ValueError(
             f"{job.name}: runtime={runtime} minutes; must be more than the {settings.warning} s of warning"
         )
-    extra = dict(entry.split("=", 1) for entry in settings.sbatch or ())
     named = {
         "partition": ask("slurm_partition") or settings.partition,
         "account": ask("slurm_account") or settings.account,
@@ -249,7 +251,7 @@ def options_of(job, settings: ExecutorSettings) -> Options:
         mem_mb=ask("mem_mb"),
         cpus=ask("_cores") or 1,
         named=tuple((name, value) for name, value in named.items() if value),
-        extra=tuple(extra.items()),
+        extra=tuple(_option(entry) for entry in settings.sbatch or ()),
         setup=tuple(settings.setup or ()),
         warning_s=settings.warning,
         requeues=settings.requeues,
@@ -262,9 +264,16 @@ def _check(settings: ExecutorSettings) -> None:
     for name, lowest in (("array_size", 1), ("poll_interval", 1), ("warning", 1), ("requeues", 0)):
         if (found := getattr(settings, name)) < lowest:
             raise WorkflowError(f"submitit: {name}={found}: must be {lowest} or more")
-    for entry in settings.sbatch or ():
-        if "=" not in entry:
-            raise WorkflowError(f"submitit: sbatch={entry!r}: must be NAME=VALUE, as in nodelist=n1")
+    try:
+        (settings.gres or "").format(gpus=1)
+    except (LookupError, ValueError) as error:
+        raise WorkflowError(f"submitit: gres={settings.gres!r}: allowed in braces is {{gpus}} alone") from error
+
+
+def _option(entry: str) -> tuple[str, str | bool]:
+    """Return (name, value) of an option of sbatch; True for one without a value, such as exclusive."""
+    name, separator, value = entry.partition("=")
+    return name, value if separator else True
 
 
 def _reason(error: Exception) -> str:

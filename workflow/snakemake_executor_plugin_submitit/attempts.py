@@ -140,13 +140,21 @@ class Ledger:
                 if (found := path.name.removesuffix("_submitted.pkl")) in ids:
                     yield Attempt(found, folder)
 
-    def ended(self, attempts: Iterable[Attempt]) -> set[str]:
-        """Return the ids of those that have written a result. Each folder is listed once, which also refreshes it."""
+    def outcomes(self, attempts: Iterable[Attempt]) -> dict[Attempt, str | None]:
+        """Return the error, or None, of each attempt that has a result. Listing a folder also refreshes it."""
         names = {folder: set(_listed(folder)) for folder in {attempt.folder for attempt in attempts}}
-        return {each.id for each in attempts if f"{each.id}_0_result.pkl" in names[each.folder]}
+        found = {}
+        for each in attempts:
+            if f"{each.id}_0_result.pkl" in names[each.folder]:
+                with contextlib.suppress(FileNotFoundError):  # submitit deletes an older result before a new one
+                    found[each] = each.error()
+        return found
 
     def forget(self, attempt: Attempt) -> None:
-        """Delete the files of an attempt that succeeded, and its folder after the last one."""
+        """Delete the files of an attempt that succeeded, and its folder after the last one.
+
+        Raises OSError for what cannot be deleted, such as a file that a job on NFS still has open.
+        """
         for path in attempt.files():
             path.unlink(missing_ok=True)
         left = _listed(attempt.folder)

@@ -27,7 +27,7 @@ class Options:
     mem_mb: int | None
     cpus: int
     named: tuple[tuple[str, str], ...]
-    extra: tuple[tuple[str, str], ...]
+    extra: tuple[tuple[str, str | bool], ...]
     setup: tuple[str, ...]
     warning_s: int
     requeues: int
@@ -71,10 +71,12 @@ class Slurm(Cluster):
             signal_delay_s=options.warning_s,
             array_parallelism=options.array_size,
             setup=list(options.setup) or None,
-            additional_parameters=dict(options.extra),
+            srun_args=[f"--cpus-per-task={options.cpus}"],  # from Slurm 22.05 on not taken over from sbatch
+            additional_parameters={"requeue": True, **dict(options.extra)},  # some clusters forbid it by default
             **dict(options.named),
         )
-        return [job.job_id for job in executor.submit_array(commands)]
+        with _outside_of_jobs():
+            return [job.job_id for job in executor.submit_array(commands)]
 
     def alive(self, folders: Iterable[Path]) -> set[str] | None:
         queue = self._queue()
@@ -101,7 +103,26 @@ class Slurm(Cluster):
     def _queue(self) -> dict[str, str] | None:
         """Return {id: the run it belongs to} of this user's jobs that have not ended, suspended ones too."""
         told = _output(["squeue", "--user", str(os.getuid()), "--array", "--noheader", "--format", "%i %k"])
-        return None if told is None else dict(line.split(maxsplit=1) for line in told.splitlines())
+        return None if told is None else dict(line.partition(" ")[::2] for line in told.splitlines())
+
+
+@contextlib.contextmanager
+def _outside_of_jobs() -> Iterator[None]:
+    """What is submitted within the block does not inherit the job that Snakemake itself may run in.
+
+    Its variables reach a new job, where srun and submitit would take them for the new job's.
+    """
+    inherited = {}
+    if "SLURM_JOB_ID" in os.environ:
+        inherited = {name: os.environ.pop(name) for name in list(os.environ) if _is_of_a_job(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(inherited)
+
+
+def _is_of_a_job(name: str) -> bool:
+    return name.startswith(("SLURM_", "SRUN_")) and name not in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 class Local(Cluster):
@@ -135,7 +156,8 @@ class Local(Cluster):
     def cancel(self, attempts: Iterable[Attempt]) -> None:
         for attempt in attempts:
             if attempt.id in self.alive([attempt.folder]):
-                os.kill(int(attempt.id), signal.SIGINT)
+                with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+                    os.kill(int(attempt.id), signal.SIGINT)
 
 
 @contextlib.contextmanager
