@@ -2,25 +2,30 @@
 
 A cell's JSON line says everything `run_cell` needs and nothing else, because Snakemake compares it to decide what is
 stale: settings of the report and of the machine (thread count) are not in it. A cell depends on its own point of the
-grid only, so adding a value to an axis leaves the ids and JSON lines of all other cells as they are.
+grid only, so adding a value to an axis leaves the ids and JSON lines of all other cells as they are. The same holds of
+what replayed cells share, the targets' texts (`Trajectory`) and the drafts' predictions on them (`Predictions`).
 
-Not covered: running a cell (`scspec.run`). Imports no torch.
+Not covered: running a cell (`scspec.run`, `scspec.replay`). Imports no torch.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from scspec.config import Experiment, Pair, Sampling, SideConfig
+from scspec.config import LOOP, REPLAY, Experiment, Pair, Sampling, SideConfig
 
 GRID_ARM = "sc_sc"
+AUDIT_ARM = "audit"  # one cell of a replayed grid, drawn at random, as a loop
+PAST_END_STEP = 8  # trajectories go on past their end by a multiple of it: they do not depend on gamma up to 8
 RESEED_OFFSET = 1000  # the draft's sc_seed in the arm `reseed` is the target's plus this
 GREEDY = Sampling(do_sample=False, temperature=1.0, top_k=0, top_p=1.0)
+
+_SUFFIX = {LOOP: "", REPLAY: "_replay"}  # of an id: a replayed cell and the same one as a loop lie beside each other
 
 Streams = tuple[Fraction, int]  # (stoc_len, sc_prec) of an SC side; the length may turn out not to be whole
 
@@ -37,10 +42,85 @@ class Side:
     sc: dict[str, Any] | None = field(hash=False)
     skip_layers: tuple[int, ...]
 
+    def __post_init__(self):
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))  # JSON has lists
+
+
+class _Line:
+    """What Snakemake compares: a dataclass as one line of JSON."""
+
+    def to_json(self) -> str:
+        """Return the one canonical line: sorted keys, no spaces, ASCII."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return what a line says. Raises `ValueError` if it is not JSON or its keys are not the dataclass's."""
+        name = cls.__name__.lower()
+        try:
+            return _built(cls, json.loads(text), name)
+        except json.JSONDecodeError as error:
+            needed = f"the line that {cls.__name__}.to_json returns"
+            raise ValueError(f"{name}: not JSON: {error}; needed: {needed}") from None
+
 
 @dataclass(frozen=True)
-class Cell:
-    """One run over a prompt file.
+class Trajectory(_Line):
+    """A target's own text after each prompt, shared by all replayed cells of that target: no draft, no gamma.
+
+    Each text goes on for `past_end` tokens past its end, as the last block of a cell may.
+    """
+
+    target: Side
+    sampling_seed: int
+    prompt_file: str
+    prompt_sha256: str
+    prompt_limit: int | None
+    max_new_tokens: int
+    past_end: int
+    sampling: Sampling
+    device: str
+    dtype: str
+    backend: str
+
+    @property
+    def id(self) -> str:
+        """Name it for a reader, and by a hash of all its settings."""
+        return f"{manifest_name(self.target.model)}/{_streams_label(self.target)}_s{self.sampling_seed}-{_digest(self)}"
+
+    def path(self, results_dir: str | Path = "results") -> Path:
+        """Return where its Parquet file lies."""
+        return Path(results_dir) / "trajectories" / f"{self.id}.parquet"
+
+    def manifests(self, results_dir: str | Path = "results") -> list[Path]:
+        """Return where the manifest of its model lies."""
+        return _manifests([self.target], results_dir)
+
+
+@dataclass(frozen=True)
+class Predictions(_Line):
+    """What a draft predicts at each position of a trajectory."""
+
+    trajectory: Trajectory
+    draft: Side
+
+    @property
+    def id(self) -> str:
+        """Name it for a reader, and by a hash of all its settings."""
+        return f"{self.trajectory.id}/{manifest_name(self.draft.model)}_{_streams_label(self.draft)}-{_digest(self)}"
+
+    def path(self, results_dir: str | Path = "results") -> Path:
+        """Return where its Parquet file lies."""
+        return Path(results_dir) / "predictions" / f"{self.id}.parquet"
+
+    def manifests(self, results_dir: str | Path = "results") -> list[Path]:
+        """Return where the manifests of its models lie: one path, or two."""
+        return _manifests([self.trajectory.target, self.draft], results_dir)
+
+
+@dataclass(frozen=True)
+class Cell(_Line):
+    """One run over a prompt file. `method` is "loop" (draft and target take turns) or "replay" (see `predictions`).
 
     `stoc_len` is the target's, None if the target is in floating point. `sc_prec` and `sc_seed` are the target's, or
     the draft's if only the draft is in SC, or None. So a cell that does not depend on an axis of the grid does not
@@ -65,24 +145,13 @@ class Cell:
     device: str
     dtype: str
     backend: str
+    method: str
 
-    def to_json(self) -> str:
-        """Return the one canonical line: sorted keys, no spaces, ASCII."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Cell":
-        """Return the cell of a JSON line. Raises `ValueError` if it is not JSON or its keys are not a cell's."""
-        try:
-            values = _checked_keys(cls, json.loads(text), "cell")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"cell: not JSON: {error}; needed: the line that Cell.to_json returns") from None
-        for name, kind in (("target", Side), ("draft", Side), ("sampling", Sampling)):
-            values[name] = kind(**_checked_keys(kind, values[name], name))
-        for name in ("target", "draft"):
-            side = values[name]
-            values[name] = Side(side.model, side.sc, tuple(side.skip_layers))
-        return cls(**values)
+    def predictions(self) -> Predictions:
+        """Return what a replayed cell derives from. Cells that differ in gamma share it, nearly always."""
+        past_end = -(-self.gamma // PAST_END_STEP) * PAST_END_STEP
+        shared = {item.name: getattr(self, item.name) for item in fields(Trajectory) if item.name != "past_end"}
+        return Predictions(Trajectory(past_end=past_end, **shared), self.draft)
 
     def path(self, results_dir: str | Path = "results") -> Path:
         """Return where the cell's Parquet file lies."""
@@ -90,8 +159,7 @@ class Cell:
 
     def manifests(self, results_dir: str | Path = "results") -> list[Path]:
         """Return where the manifests of the cell's models lie: one path, or two."""
-        stems = sorted({manifest_name(side.model) for side in (self.target, self.draft)})
-        return [Path(results_dir) / "models" / f"{stem}.json" for stem in stems]
+        return _manifests([self.target, self.draft], results_dir)
 
 
 @dataclass(frozen=True)
@@ -115,8 +183,8 @@ class Invalid:
 def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
     """Return the cells of an experiment, the grid of each pair before its controls, and what cannot exist.
 
-    Combinations that resolve to the same run of the same arm are one cell. Raises `FileNotFoundError` if there is no
-    such prompt file.
+    A replayed experiment has one more, the audit: one of them, as a loop. Combinations that resolve to the same run of
+    the same arm are one cell. Raises `FileNotFoundError` if there is no such prompt file.
     """
     prompt_sha256 = _prompt_sha256(experiment.prompt_file)
     cells: dict[Cell, None] = {}
@@ -130,7 +198,8 @@ def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
             for gamma, seed, draw in product(gammas, experiment.sc_seed, experiment.sampling_seed):
                 sides = _sides(pair, arm, target, draft, seed)
                 cells[_cell(experiment, pair, arm, gamma, draw, *sides, prompt_sha256)] = None
-    return list(cells), list(invalid)
+    audit = [_audit(cells)] if experiment.method == REPLAY and cells else []
+    return [*cells, *audit], list(invalid)
 
 
 def plan(experiment: Experiment, cells: Iterable[Cell], invalid: Iterable[Invalid]) -> dict[str, Any]:
@@ -166,6 +235,38 @@ def _checked_keys(kind: type, values: Any, where: str) -> dict[str, Any]:
         wrong = sorted(wanted ^ set(values)) if isinstance(values, dict) else values
         raise ValueError(f"{where}: wrong or missing keys {wrong}; needed: {', '.join(sorted(wanted))}")
     return values
+
+
+def _built(kind: type, values: Any, where: str) -> Any:
+    """Return the dataclass that a mapping describes, with the dataclasses in it."""
+    values = _checked_keys(kind, values, where)
+    for item in fields(kind):
+        if is_dataclass(item.type):
+            values[item.name] = _built(item.type, values[item.name], item.name)
+    return kind(**values)
+
+
+def _manifests(sides: Iterable[Side], results_dir: str | Path) -> list[Path]:
+    stems = sorted({manifest_name(side.model) for side in sides})
+    return [Path(results_dir) / "models" / f"{stem}.json" for stem in stems]
+
+
+def _streams_label(side: Side) -> str:
+    """Return for example `L128_p8_n0`, or `float`."""
+    if side.sc is None:
+        return "float"
+    return f"L{side.sc['sc_stoc_len']}_p{side.sc['sc_prec']}_n{side.sc['sc_seed']}"
+
+
+def _digest(line: _Line) -> str:
+    return hashlib.sha256(line.to_json().encode()).hexdigest()[:12]
+
+
+def _audit(cells: Iterable[Cell]) -> Cell:
+    """Return one of the cells as a loop: of the grid, if it has any, and drawn by hash, so the same one every time."""
+    drawn = min(cells, key=lambda cell: (cell.arm != GRID_ARM, _digest(cell)))
+    stem = drawn.id.split("/")[2].removesuffix(_SUFFIX[REPLAY])
+    return replace(drawn, id=f"{drawn.pair}/{AUDIT_ARM}/{stem}", arm=AUDIT_ARM, method=LOOP)
 
 
 def _prompt_sha256(path: str) -> str:
@@ -251,8 +352,9 @@ def _cell(
 ) -> Cell:
     """Return the cell of two resolved sides. Greedy cells do not see the settings of sampling."""
     point = target.sc or draft.sc or {"sc_prec": None, "sc_seed": None}
+    stem = _stem(target.sc, draft.sc, gamma, sampling_seed) + _platform(experiment, pair) + _SUFFIX[experiment.method]
     return Cell(
-        id=f"{pair.name}/{arm}/{_stem(target.sc, draft.sc, gamma, sampling_seed)}{_platform(experiment, pair)}",
+        id=f"{pair.name}/{arm}/{stem}",
         pair=pair.name,
         arm=arm,
         stoc_len=target.sc["sc_stoc_len"] if target.sc else None,
@@ -270,6 +372,7 @@ def _cell(
         device=experiment.device,
         dtype=pair.dtype,
         backend=experiment.backend,
+        method=experiment.method,
     )
 
 

@@ -54,7 +54,7 @@ def _theme(name: str) -> dict:
 
 THEMES = {name: _theme(name) for name in _PALETTES}  # Vega-Lite configurations
 
-GRID_ARM = "sc_sc"
+GRID_ARM, AUDIT_ARM = "sc_sc", "audit"
 ARM_LABELS = {
     GRID_ARM: "SC target, SC draft",
     "identity": "identity: draft = target",
@@ -62,6 +62,7 @@ ARM_LABELS = {
     "float_float": "float target, float draft",
     "sc_float": "SC target, float draft",
     "float_sc": "float target, SC draft",
+    AUDIT_ARM: "audit of the replay: a loop",
 }
 IDENTITY_ALPHA = 1.0
 

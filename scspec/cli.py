@@ -8,8 +8,9 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 USER_ERROR = 2  # as argparse's own
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.command(arguments)
     except (ValueError, FileNotFoundError) as error:
-        if arguments.command is _run_cell:  # its stderr is the cell's log: where it happened belongs there
+        if arguments.logged:  # its stderr is the job's log: where it happened belongs there
             traceback.print_exc()
         print(f"scspec: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USER_ERROR
@@ -34,14 +35,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run_cell = commands.add_parser("run-cell", help="run one cell and write its Parquet file")
-    run_cell.add_argument("cell", metavar="JSON", help="the cell's JSON line")
-    run_cell.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
-    run_cell.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    run_cell.add_argument("--prompts-per-batch", type=int, default=1, help="prompts decoded side by side (default 1)")
-    run_cell.add_argument("--gpus", type=int, default=1, help="GPUs that the models are spread over (default 1)")
-    run_cell.add_argument("--cells-per-gpu", type=int, default=1, help="cells that may share a GPU (default 1)")
-    run_cell.set_defaults(command=_run_cell)
+    parser.set_defaults(logged=False)
+    _add_job(commands, "run-cell", "run one cell and write its Parquet file", _run_cell, "prompts_per_batch")
+    texts = "decode a target's own texts, which replayed cells share"
+    _add_job(commands, "run-trajectory", texts, _run_trajectory, "prompts_per_batch")
+    predictions = _add_job(commands, "run-predictions", "run a draft over a target's texts", _run_predictions)
+    predictions.add_argument("--trajectory", type=Path, required=True, help="the target's texts")
+
+    replay = commands.add_parser("replay", help="derive one cell from texts and predictions: no model runs")
+    replay.add_argument("line", metavar="JSON", help="the cell's JSON line")
+    replay.add_argument("--trajectory", type=Path, required=True, help="the target's texts")
+    replay.add_argument("--predictions", type=Path, required=True, help="the draft's predictions on them")
+    replay.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
+    replay.set_defaults(command=_replay, logged=True)
 
     fetch = commands.add_parser("fetch", help="fetch a model's files, check and convert them")
     fetch.add_argument("name", metavar="NAME", help="a Hugging Face id, a local folder, or a built-in alias")
@@ -58,23 +64,83 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--plan", type=Path, required=True, help="results/plan.json, written by Snakemake")
     report.add_argument("--output", type=Path, required=True, help="the HTML file to write")
     report.set_defaults(command=_report)
+
+    compare = commands.add_parser("compare", help="print how two cells or two grids differ, b minus a")
+    for side in ("a", "b"):
+        compare.add_argument(side, metavar=side.upper(), type=Path, help="a cell's Parquet file, or a folder of them")
+    compare.set_defaults(command=_compare)
     return parser
+
+
+_COUNTS = {
+    "threads": "CPU threads",
+    "prompts_per_batch": "prompts decoded side by side",
+    "gpus": "GPUs that each model is spread over",
+    "cells_per_gpu": "jobs that may share a GPU",
+}
+
+
+def _add_job(commands: Any, name: str, says: str, command: Callable, *more: str) -> argparse.ArgumentParser:
+    """Add and return the command of a job that runs models, with the counts that all of them have and some more."""
+    job = commands.add_parser(name, help=says)
+    job.add_argument("line", metavar="JSON", help="the job's JSON line")
+    job.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
+    counts = [count for count in _COUNTS if count in {"threads", "gpus", "cells_per_gpu", *more}]
+    for count in counts:
+        job.add_argument(f"--{count.replace('_', '-')}", type=int, default=1, help=f"{_COUNTS[count]} (default 1)")
+    job.set_defaults(command=command, counts=counts, logged=True)
+    return job
+
+
+def _counts(arguments: argparse.Namespace, device: str) -> dict[str, int]:
+    """Return the counts for the job, which has its GPUs from now on: call it before anything imports torch."""
+    from scspec.gpus import claim_gpus
+
+    counts = {name: getattr(arguments, name) for name in arguments.counts}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: {value} is not allowed; allowed: at least 1")
+    cells_per_gpu = counts.pop("cells_per_gpu")
+    if device == "cuda":
+        claim_gpus(counts["gpus"], cells_per_gpu)
+    return counts
 
 
 def _run_cell(arguments: argparse.Namespace) -> None:
     from scspec.cells import Cell
-    from scspec.gpus import claim_gpus
 
-    counts = {name: getattr(arguments, name) for name in ("threads", "prompts_per_batch", "gpus", "cells_per_gpu")}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: {value} is not allowed; allowed: at least 1")
-    cell, cells_per_gpu = Cell.from_json(arguments.cell), counts.pop("cells_per_gpu")
-    if cell.device == "cuda":
-        claim_gpus(counts["gpus"], cells_per_gpu)
-    from scspec.run import run_cell  # imports torch, which is to see the claimed GPUs alone
+    cell = Cell.from_json(arguments.line)
+    counts = _counts(arguments, cell.device)
+    from scspec.run import run_cell
 
     run_cell(cell, arguments.output, **counts)
+
+
+def _run_trajectory(arguments: argparse.Namespace) -> None:
+    from scspec.cells import Trajectory
+
+    trajectory = Trajectory.from_json(arguments.line)
+    counts = _counts(arguments, trajectory.device)
+    from scspec.replay import run_trajectory
+
+    run_trajectory(trajectory, arguments.output, **counts)
+
+
+def _run_predictions(arguments: argparse.Namespace) -> None:
+    from scspec.cells import Predictions
+
+    predictions = Predictions.from_json(arguments.line)
+    counts = _counts(arguments, predictions.trajectory.device)
+    from scspec.replay import run_predictions
+
+    run_predictions(predictions, arguments.trajectory, arguments.output, **counts)
+
+
+def _replay(arguments: argparse.Namespace) -> None:
+    from scspec.cells import Cell
+    from scspec.replay import replay_cell
+
+    replay_cell(Cell.from_json(arguments.line), arguments.trajectory, arguments.predictions, arguments.output)
 
 
 def _fetch(arguments: argparse.Namespace) -> None:
@@ -109,3 +175,9 @@ def _report(arguments: argparse.Namespace) -> None:
     if not paths:
         raise ValueError(f"--plan: none of the {len(plan['cells'])} cells of {arguments.plan} has been run yet")
     build_report(paths, plan, arguments.output)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from scspec.compare import compare, plain_tables, read_side
+
+    print(plain_tables(compare(read_side(arguments.a), read_side(arguments.b))))

@@ -21,6 +21,10 @@ import yaml
 
 from scspec.sc.knobs import resolve_knobs
 
+#: How a cell is made: draft and target take turns, or from the target's text and the draft's predictions on it.
+LOOP, REPLAY = "loop", "replay"
+#: What replay needs of a side in SC: rows that do not depend on later ones or on how many come along.
+_REPLAYABLE = {"batch_invariant": True, "sc_granularity": "causal", "sc_linear_granularity": "per_row"}
 #: What each device computes with.
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "float16", "bfloat16")}
@@ -91,6 +95,7 @@ class Experiment:
     device: str
     dtype: str
     backend: str
+    method: str
     threads_per_cell: int
     prompts_per_batch: int
     gpus: int
@@ -111,13 +116,15 @@ def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
     _check_finite(settings)
     _check_across(settings)
     plain = (
-        *("prompt_file", "prompt_limit", "max_new_tokens", "device", "dtype", "backend"),
+        *("prompt_file", "prompt_limit", "max_new_tokens", "device", "dtype", "backend", "method"),
         *("threads_per_cell", "prompts_per_batch", "gpus", "cells_per_gpu", "demonstration"),
     )
     axes = ("stoc_len", "sc_prec", "gamma", "sc_seed", "sampling_seed")
     return Experiment(
         pairs=tuple(
-            _pair(name, pair, settings["dtype"]) for name, pair in settings["pairs"].items() if pair["enabled"]
+            _pair(name, pair, settings["dtype"], settings["method"])
+            for name, pair in settings["pairs"].items()
+            if pair["enabled"]
         ),
         sampling=Sampling(**settings["sampling"]),
         controls=_controls(settings),
@@ -256,13 +263,20 @@ def _check_across(settings: Mapping[str, Any]) -> None:
             )
 
 
-def _pair(name: str, pair: Mapping[str, Any], dtype: str) -> Pair:
-    """Return a checked pair; `dtype` is the experiment's. Raises `ValueError` for SC knobs that do not go together."""
+def _pair(name: str, pair: Mapping[str, Any], dtype: str, method: str) -> Pair:
+    """Return a checked pair; `dtype` and `method` are the experiment's.
+
+    Raises `ValueError` for SC knobs that do not go together, or not with the method.
+    """
     for side in ("target", "draft"):
         try:
-            resolve_knobs(pair[side]["sc"])
+            knobs = resolve_knobs(pair[side]["sc"])
         except ValueError as error:
             raise ValueError(f"pairs.{name}.{side}.sc: {error}") from None
+        for knob, allowed in _REPLAYABLE.items() if method == REPLAY else ():
+            if knobs[knob] != allowed:
+                wrong = f"{knob}={knobs[knob]!r} is not allowed with method: replay"
+                raise ValueError(f"pairs.{name}.{side}.sc: {wrong}; allowed: {allowed!r}")
     length = pair["draft"]["stoc_len"]
     if length == "same":
         length = {"ratio": 1.0}

@@ -23,6 +23,7 @@ from markupsafe import Markup
 
 from scspec.charts import (
     ARM_LABELS,
+    AUDIT_ARM,
     GRID_ARM,
     THEMES,
     alpha_chart,
@@ -33,11 +34,13 @@ from scspec.charts import (
     number,
     tau_chart,
 )
+from scspec.config import REPLAY
 from scspec.results import atomic_file, check_identities, read_cells
 from scspec.stats import MIN_PROMPTS, NO_INTERVAL, PLATFORM_COLUMNS, summarise
 
 IDENTITY = "identity"
-HOLDS, BROKEN, NOT_RUN = "holds", "BROKEN: the run is broken", "not run"
+HOLDS, BROKEN, NOT_RUN, SAMPLED = "holds", "BROKEN: the run is broken", "not run", "sampled: other texts"
+_AUDITED = ["prompt_id", "turn", "block", "start", "emitted_ids", "accepted", "kept", "beta", "margin", "stop"]
 _TABLE_ORDER = ["rank", "sc_prec", "gamma", "stoc_len", "draft_stoc_len", "sc_seed", "sampling_seed"]
 
 
@@ -102,16 +105,18 @@ def _page(
     specs = {chart["id"]: chart["spec"] for chart in charts}
     missing = [cell for cell in plan["cells"] if not Path(cell["path"]).exists()]
     verdicts = identity_verdicts(summary, [cell["pair"] for cell in plan["cells"]])
+    audits = audit_verdicts(blocks, summary, plan)
     return {
         "specs": specs,
         "nonce": hashlib.sha256(json.dumps(specs).encode()).hexdigest(),
         "demonstration": plan["demonstration"],
-        "alarms": _alarms(verdicts, metadata),
+        "alarms": _alarms(verdicts, audits, metadata),
         "platforms": _platforms(summary),
         "facts": _facts(blocks, summary, plan, missing, verdicts),
         "sections": sections,
         "control_charts": control_charts,
         "verdicts": verdicts,
+        "audits": audits,
         "tables": _tables(summary),
         "stem": out_path.stem,
         "missing": missing,
@@ -186,8 +191,12 @@ def _chart(chart_id: str, chart: alt.TopLevelMixin, caption: str) -> dict[str, A
     return {"id": chart_id, "spec": spec, "label": spec["description"], "caption": caption}
 
 
+def _controls(summary: pd.DataFrame) -> pd.DataFrame:
+    return summary[~summary["arm"].isin([GRID_ARM, AUDIT_ARM])]
+
+
 def _control_charts(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    controls = summary[summary["arm"] != GRID_ARM]
+    controls = _controls(summary)
     return [
         {
             **_chart(f"controls-{index}", controls_chart(cells), f"{_READ_CONTROLS} {_bars(cells)}."),
@@ -221,8 +230,40 @@ def _identity_verdict(cells: pd.DataFrame) -> dict[str, str]:
     return {"verdict": BROKEN, "detail": f"alpha is {number(worst['alpha'])} in {worst['cell_id']}, and must be 1"}
 
 
-def _alarms(verdicts: list[dict[str, str]], metadata: list[dict[str, Any]]) -> list[str]:
-    alarms = [
+def audit_verdicts(blocks: pd.DataFrame, summary: pd.DataFrame, plan: dict[str, Any]) -> list[dict[str, str]]:
+    """Of a replayed plan, whether the cell that was run as a loop too has the blocks that its replay derived.
+
+    Greedy blocks must be equal, one by one. Sampled ones are of another text: their tau is shown beside the expected.
+    """
+    return [
+        {"cell": audit["id"], **_audit_verdict(blocks, summary, audit["id"], _replay_of(audit, plan["cells"])["id"])}
+        for audit in plan["cells"]
+        if audit["arm"] == AUDIT_ARM
+    ]
+
+
+def _replay_of(audit: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    own = ("id", "arm", "method", "path")
+    same = [cell for cell in cells if all(cell[name] == audit[name] for name in audit if name not in own)]
+    return next(cell for cell in same if cell["method"] == REPLAY)
+
+
+def _audit_verdict(blocks: pd.DataFrame, summary: pd.DataFrame, loop_id: str, replay_id: str) -> dict[str, str]:
+    loop, replay = (blocks[blocks["cell_id"] == cell_id] for cell_id in (loop_id, replay_id))
+    if loop.empty or replay.empty:
+        return {"verdict": NOT_RUN, "detail": f"needs {loop_id} and {replay_id}"}
+    if loop["do_sample"].iloc[0]:
+        taus = summary.set_index("cell_id")["tau"]
+        return {"verdict": SAMPLED, "detail": f"tau {number(taus[loop_id])}, expected {number(taus[replay_id])}"}
+    texts = [its[_AUDITED].map(str).reset_index(drop=True) for its in (loop, replay)]
+    if texts[0].equals(texts[1]):
+        return {"verdict": HOLDS, "detail": f"{len(loop):,} blocks are equal to the loop's"}
+    return {"verdict": BROKEN, "detail": f"{replay_id} has other blocks than the loop {loop_id}"}
+
+
+def _alarms(verdicts: list[dict[str, str]], audits: list[dict[str, str]], metadata: list[dict[str, Any]]) -> list[str]:
+    alarms = [f"Audit of the replay: {its['verdict']}. {its['detail']}." for its in audits if its["verdict"] == BROKEN]
+    alarms += [
         f"{its['pair']} ({its['platform']}): {its['verdict']}. {its['detail']}."
         for its in verdicts
         if its["verdict"] == BROKEN
@@ -258,7 +299,7 @@ def _tables(summary: pd.DataFrame) -> list[dict[str, Any]]:
     tables = []
     for arms, cells in (
         ("grid", summary[summary["arm"] == GRID_ARM]),
-        ("controls", summary[summary["arm"] != GRID_ARM]),
+        ("controls", _controls(summary)),
     ):
         for (pair, do_sample), platform, group in _groups(cells, "pair", "do_sample"):
             group = group.assign(rank=group["arm"].map(list(ARM_LABELS).index)).sort_values(_TABLE_ORDER)
@@ -342,7 +383,7 @@ def _provenance(
         ("Tokens", [f"{blocks['kept'].sum():,} in {len(blocks):,} blocks"]),
         ("Seeds", [f"{name}: {', '.join(map(str, values)) or 'none'}" for name, values in seeds.items()]),
         ("Started", [" to ".join(dict.fromkeys((started[0], started[-1])))]),
-        ("Wall time", [f"{sum(its['wall_time_s'] for its in metadata):,.0f} s, summed over cells"]),
+        ("Wall time", [f"{sum(its['wall_time_s'] or 0 for its in metadata):,.0f} s, summed over cells run as loops"]),
     ]
 
 

@@ -8,7 +8,7 @@ row for each block that could be, with its expected number as `weight`; in all o
 import json
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from scspec.config import LOOP, REPLAY
 
 SCHEMA_VERSION = 2
 METADATA_KEY = b"scspec"
@@ -33,7 +35,6 @@ _SIDES = ("target", "draft")
 SIDE_COLUMNS = tuple(f"{side}_{knob}" for knob in ("stoc_len", "sc_prec", "sc_seed") for side in _SIDES)
 _TIMES = ("draft_time_s", "verify_time_s")  # null in a replayed cell
 NULLABLE = frozenset(("stoc_len", "sc_prec", "sc_seed", *SIDE_COLUMNS, "stop", *_TIMES))
-LOOP, REPLAY = "loop", "replay"
 
 
 def _fields(names: Iterable[str], kind: pa.DataType) -> list[pa.Field]:
@@ -112,11 +113,11 @@ def _is_a(value: Any, kind: pa.DataType) -> bool:
     return isinstance(value, str)
 
 
-def _check_row(index: int, row: dict[str, Any]) -> None:
-    unknown, missing = sorted(row.keys() - set(SCHEMA.names)), sorted(set(SCHEMA.names) - row.keys())
+def _check_row(index: int, row: dict[str, Any], schema: pa.Schema) -> None:
+    unknown, missing = sorted(row.keys() - set(schema.names)), sorted(set(schema.names) - row.keys())
     if unknown or missing:
         raise ValueError(f"row {index}: unknown columns {unknown}, missing columns {missing}")
-    for field in SCHEMA:
+    for field in schema:
         value = row[field.name]
         if not (field.nullable if value is None else _is_a(value, field.type)):
             allowed = f"{field.type}{' or null' if field.nullable else ''}"
@@ -139,40 +140,52 @@ def write_cell(path: Path | str, rows: list[dict[str, Any]], metadata: dict[str,
     unknown or missing column or metadata key, a value of another type, a null where none is allowed, or rows
     of more than one cell; then no file appears and an older one stays as it was.
     """
+    write_rows(path, rows, metadata, SCHEMA, METADATA_KEYS, check=_check_one_cell)
+
+
+def write_rows(
+    path: Path | str,
+    rows: list[dict[str, Any]],
+    metadata: dict[str, Any],
+    schema: pa.Schema,
+    metadata_keys: Iterable[str],
+    check: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+) -> None:
+    """`write_cell` for another schema and other metadata; `check` may refuse the rows as a whole."""
     for index, row in enumerate(rows):
-        _check_row(index, row)
-    _check_one_cell(rows)
+        _check_row(index, row, schema)
+    check(rows)
     metadata = {"schema_version": SCHEMA_VERSION, **metadata}
     if metadata["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"schema_version is {metadata['schema_version']!r}, this code writes {SCHEMA_VERSION}")
-    if missing := sorted(METADATA_KEYS - metadata.keys()):
+    if missing := sorted(set(metadata_keys) - metadata.keys()):
         raise ValueError(f"missing metadata keys {missing}")
     packed = {METADATA_KEY: json.dumps(metadata, allow_nan=False).encode()}
-    table = pa.Table.from_pylist(rows, schema=SCHEMA).replace_schema_metadata(packed)
+    table = pa.Table.from_pylist(rows, schema=schema).replace_schema_metadata(packed)
     with atomic_file(path) as file:
         pq.write_table(table, file, compression="zstd")
 
 
-def _read_metadata(path: Path | str, schema: pa.Schema) -> dict[str, Any]:
+def _read_metadata(path: Path | str, schema: pa.Schema, keys: Iterable[str]) -> dict[str, Any]:
     packed = (schema.metadata or {}).get(METADATA_KEY)
     if packed is None:
-        raise ValueError(f"{path}: Parquet, but not a cell of scspec (no '{METADATA_KEY.decode()}' metadata)")
+        raise ValueError(f"{path}: Parquet, but not written by scspec (no '{METADATA_KEY.decode()}' metadata)")
     metadata = json.loads(packed)
     if metadata.get("schema_version") != SCHEMA_VERSION:
         found = metadata.get("schema_version")
         raise ValueError(f"{path}: schema_version is {found!r}, this code reads {SCHEMA_VERSION}")
-    if missing := sorted(METADATA_KEYS - metadata.keys()):
+    if missing := sorted(set(keys) - metadata.keys()):
         raise ValueError(f"{path}: missing metadata keys {missing}")
     return metadata
 
 
-def _check_columns(path: Path | str, schema: pa.Schema) -> None:
-    if missing := [name for name in SCHEMA.names if name not in schema.names]:
+def _check_columns(path: Path | str, found_schema: pa.Schema, schema: pa.Schema) -> None:
+    if missing := [name for name in schema.names if name not in found_schema.names]:
         raise ValueError(f"{path}: missing columns {missing}")
-    if unknown := [name for name in schema.names if name not in SCHEMA.names]:
+    if unknown := [name for name in found_schema.names if name not in schema.names]:
         raise ValueError(f"{path}: unknown columns {unknown}")
-    for field in SCHEMA:
-        if (found := schema.field(field.name)) != field:
+    for field in schema:
+        if (found := found_schema.field(field.name)) != field:
             raise ValueError(f"{path}: column {field.name} is {found.type}, expected {field.type}")
 
 
@@ -182,6 +195,12 @@ def read_cell(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
     Integer columns that may hold nulls are pandas' Int32. Raises FileNotFoundError, or a one-line
     ValueError naming the file if it is torn, foreign, of another schema version, or lacks a column.
     """
+    blocks, metadata = read_rows(path, SCHEMA, METADATA_KEYS)
+    return blocks.astype(NULLABLE_INTEGERS), metadata
+
+
+def read_rows(path: Path | str, schema: pa.Schema, metadata_keys: Iterable[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """`read_cell` for another schema and other metadata."""
     try:
         # ParquetFile, not read_table: that one reads `key=value` folders in the path as columns.
         with pq.ParquetFile(path) as file:
@@ -191,10 +210,9 @@ def read_cell(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable Parquet file ({reason})") from error
-    metadata = _read_metadata(path, table.schema)
-    _check_columns(path, table.schema)
-    blocks = table.select(SCHEMA.names).to_pandas()
-    return blocks.astype(NULLABLE_INTEGERS), metadata
+    metadata = _read_metadata(path, table.schema, metadata_keys)
+    _check_columns(path, table.schema, schema)
+    return table.select(schema.names).to_pandas(), metadata
 
 
 def read_cells(paths: Iterable[Path | str]) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:

@@ -81,7 +81,7 @@ def test_one_line_of_json_and_one_path() -> None:
         '{"arm":"sc_sc","backend":"cpu","device":"cpu",'
         '"draft":{"model":"small","sc":{"sc_lm_head":true,"sc_prec":8,"sc_seed":0,"sc_stoc_len":96},'
         '"skip_layers":[]},"dtype":"float32","gamma":4,"id":"tiny/sc_sc/L128_d96_p8_g4_s0_n0",'
-        f'"max_new_tokens":128,"pair":"tiny","prompt_file":{json.dumps(PROMPTS)},"prompt_limit":null,'
+        f'"max_new_tokens":128,"method":"loop","pair":"tiny","prompt_file":{json.dumps(PROMPTS)},"prompt_limit":null,'
         f'"prompt_sha256":"{hashlib.sha256(Path(PROMPTS).read_bytes()).hexdigest()}",'
         '"sampling":{"do_sample":false,"temperature":1.0,"top_k":0,"top_p":1.0},"sampling_seed":0,'
         '"sc_prec":8,"sc_seed":0,"stoc_len":128,'
@@ -373,3 +373,16 @@ def test_manifests_have_safe_names_of_their_own() -> None:
     clash = replace(cell, draft=Side("org--big", None, ()))
     with pytest.raises(ValueError, match=r"'org/big' and 'org--big' would share the manifest org--big.json"):
         manifest_names([clash])
+
+
+def test_a_replayed_grid_has_one_loop_more_as_an_audit() -> None:
+    """It is one of the grid's cells, the same one each time."""
+    loops = cells_of(stoc_len=[128, 64], gamma=[2, 4])
+    replays = cells_of(stoc_len=[128, 64], gamma=[2, 4], method="replay")
+    (audit,) = [cell for cell in replays.values() if cell.method == "loop"]
+    assert len(replays) == len(loops) + 1
+    assert audit.arm == "audit"
+    derived = replays[audit.id.replace("/audit/", "/sc_sc/") + "_replay"]
+    assert replace(derived, id=audit.id, arm="audit", method="loop") == audit
+    assert {cell_id.removesuffix("_replay") for cell_id in replays} - {audit.id} == set(loops)
+    assert cells_of(stoc_len=[128, 64], gamma=[2, 4], method="replay") == replays

@@ -15,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_cells
 
-from scspec import provenance, run
+from scspec import provenance, run, task
 from scspec.cells import Cell, expand
 from scspec.checkpoint import Checkpoint, FinishedPrompt
 from scspec.config import load_experiment, read_config
 from scspec.prompts import file_sha256
 from scspec.results import read_cell
+from scspec.task import Task
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TURNS = [["Hi"], ["What is this?", "And that?"], ["Why? " * 9], ["No", "Yes", "No"], ["So"]]
@@ -40,14 +41,14 @@ def cells(tmp_path_factory):
 
 def killed(cell: Cell, output: Path, blocks: int, **arguments) -> None:
     """Run a cell that dies when it has decoded so many blocks."""
-    decode = run._Run._blocks
+    decode = Task.decode
 
-    def some(*its_arguments):
-        yield from islice(decode(*its_arguments), blocks)
+    def some(*its_arguments, **its_options):
+        yield from islice(decode(*its_arguments, **its_options), blocks)
         raise KilledError
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run._Run, "_blocks", some)
+        patched.setattr(Task, "decode", some)
         with pytest.raises(KilledError):
             run.run_cell(cell, output, **arguments)
 
@@ -119,12 +120,12 @@ def pending(cell: Cell, output: Path, monkeypatch, **arguments) -> list[str]:
     """The ids of the prompts that a run would decode now; it dies before it does."""
     asked = []
 
-    def decode(self, prompts, save):
+    def decode(task, prompts, save, slots):
         asked.extend(prompt.prompt_id for prompt in prompts)
         raise KilledError
 
     with monkeypatch.context() as patched:
-        patched.setattr(run._Run, "decode", decode)
+        patched.setattr(run, "_decode", decode)
         with pytest.raises(KilledError):
             run.run_cell(cell, output, **arguments)
     return asked
@@ -135,7 +136,8 @@ def one_saved(cells, tmp_path) -> Path:
     """The output of a run that died when it had saved the first prompt."""
     output = tmp_path / "cell.parquet"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run._Run, "decode", lambda self, prompts, save: save(FinishedPrompt("0", [[1]], [{"turn": 0}])))
+        finished = FinishedPrompt("0", [[1]], [{"turn": 0}])
+        patched.setattr(run, "_decode", lambda task, prompts, save, slots: save(finished))
         with pytest.raises(KeyError):  # the other prompts are missing
             run.run_cell(cells["sc_sc"], output)
     assert len(saved(output)) == 1
@@ -158,9 +160,9 @@ OTHER_RUNS = {
     "sources": lambda patch: patch.setattr(provenance, "sources_sha256", lambda: "0"),
     "versions.torch": lambda patch: patch.setattr(provenance, "versions", lambda: {**VERSIONS, "torch": "0"}),
     "device": lambda patch: patch.setattr(provenance, "device_name", lambda device: "another"),
-    "models.target.sha256.model.safetensors": lambda patch: patch.setattr(run, "fetch_model", manifest_of),
-    "schema_version": lambda patch: patch.setattr(run, "SCHEMA_VERSION", 0),
-    "first_turns": lambda patch: patch.setattr(run, "encode_turn", lambda *_: [1, 2]),
+    "models.target.sha256.model.safetensors": lambda patch: patch.setattr(task, "fetch_model", manifest_of),
+    "schema_version": lambda patch: patch.setattr(task, "SCHEMA_VERSION", 0),
+    "first_turns": lambda patch: patch.setattr(task, "encode_turn", lambda *_: [1, 2]),
 }
 
 
@@ -266,7 +268,7 @@ def no_space(*_, **__) -> None:
 
 
 def test_a_full_disk_ends_the_run_before_anything_is_decoded(cells, tmp_path, monkeypatch):
-    monkeypatch.setattr(run._Run, "decode", lambda *_: pytest.fail("decoded, and could not save"))
+    monkeypatch.setattr(run, "_decode", lambda *_: pytest.fail("decoded, and could not save"))
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match=r"No space left on device: '.*/\.cell\.parquet\..*\.partial'$"):
         run.run_cell(cells["sc_sc"], tmp_path / "cell.parquet")

@@ -264,3 +264,20 @@ def test_the_schema_knows_the_knobs_of_the_models() -> None:
         assert set(knobs) - {"preset"} == set(SC_CONFIG_DEFAULTS) - {"sc_prec", "sc_stoc_len", "sc_seed"}
         for name, default in SC_CONFIG_DEFAULTS.items():
             assert jsonschema.Draft202012Validator(knobs.get(name, {})).is_valid(default), name
+
+
+@pytest.mark.parametrize(
+    ("side", "sc", "wrong"),
+    [
+        ("target", {"preset": "published"}, "batch_invariant=False is not allowed with method: replay; allowed: True"),
+        ("draft", {"sc_granularity": "per_row"}, "sc_granularity='per_row' is .*; allowed: 'causal'"),
+        ("target", {"sc_linear_granularity": "per_tensor"}, "sc_linear_granularity='per_tensor' is .*; allowed: 'per_row'"),
+    ],
+)
+def test_replay_refuses_scopes_that_look_at_other_tokens(side: str, sc: dict[str, Any], wrong: str) -> None:
+    pair = {"target": {"model": "a"}, "draft": {"model": "b"}}
+    pair[side]["sc"] = sc
+    config = {"pairs": {"p": pair}, "prompt_file": "x.jsonl"}
+    load_experiment(config)
+    with pytest.raises(ValueError, match=rf"^pairs\.p\.{side}\.sc: {wrong}"):
+        load_experiment({**config, "method": "replay"})

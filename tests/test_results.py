@@ -224,7 +224,7 @@ def test_foreign_and_changed_files_are_named(cell):
     rewrite(cell, table, schema_version=1)
     assert "schema_version is 1, this code reads 2" in one_line_error(cell)
     pq.write_table(pa.table({"x": [1]}), cell)
-    assert "not a cell of scspec" in one_line_error(cell)
+    assert "not written by scspec" in one_line_error(cell)
 
 
 def test_many_cells_are_one_table(tmp_path):

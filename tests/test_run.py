@@ -6,7 +6,7 @@ import json
 import pytest
 from tiny import tiny_cells
 
-from scspec import run
+from scspec import run, task
 from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_tokens, key_from
 from scspec.models import load_model, load_tokenizer
 from scspec.prompts import encode_turn, file_sha256
@@ -72,7 +72,7 @@ def test_prompts_side_by_side_give_the_same_rows(cells, tmp_path, arm):
 @pytest.mark.parametrize("arm", ["sc_sc", "identity"])
 def test_what_blocks_feed_has_been_fed_before_the_first_that_counts(cells, tmp_path, monkeypatch, arm, slots):
     """A shape seen for the first time is compiled, on a GPU captured: seconds that are no block's."""
-    fed, phases, feed, decode = [], [], run.CachedScorer.feed, run.decode_batch
+    fed, phases, feed, decode = [], [], task.CachedScorer.feed, task.decode_batch
 
     def noted(scorer, ids, rows):
         fed.append((len(phases), (id(scorer), tuple(ids.shape), rows)))
@@ -82,8 +82,8 @@ def test_what_blocks_feed_has_been_fed_before_the_first_that_counts(cells, tmp_p
         phases.append(scorers[:2])
         return decode(*scorers, **options)
 
-    monkeypatch.setattr(run.CachedScorer, "feed", noted)
-    monkeypatch.setattr(run, "decode_batch", begun)
+    monkeypatch.setattr(task.CachedScorer, "feed", noted)
+    monkeypatch.setattr(task, "decode_batch", begun)
     cell = dataclasses.replace(cells[arm], max_new_tokens=20)
     run_to(tmp_path / "cell.parquet", cell, prompts_per_batch=slots)
     warm, counted = ({what for phase, what in fed if phase == n} for n in (1, 2))
@@ -136,13 +136,13 @@ def test_float_sides_have_no_streams(cells, tmp_path):
     ],
 )
 def test_what_cannot_run_is_named_before_loading(cells, tmp_path, monkeypatch, changed, message):
-    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(task, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=message):
         run.run_cell(dataclasses.replace(cells["sc_sc"], **changed), tmp_path / "cell.parquet")
 
 
 def on_gpus(monkeypatch, count: int) -> None:
-    monkeypatch.setattr(run, "check_placement", lambda *_: None)
+    monkeypatch.setattr(task, "check_placement", lambda *_: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
 
 
@@ -158,7 +158,7 @@ def test_both_models_are_spread_over_the_gpus_asked_for(cells, tmp_path, monkeyp
 
     loaded = []
     on_gpus(monkeypatch, 3)
-    monkeypatch.setattr(run, "load_model", load)
+    monkeypatch.setattr(task, "load_model", load)
     with pytest.raises(LoadedError):
         run.run_cell(dataclasses.replace(cells["sc_sc"], device="cuda"), tmp_path / "cell.parquet", gpus=gpus)
     assert loaded == [device, device]
@@ -167,14 +167,14 @@ def test_both_models_are_spread_over_the_gpus_asked_for(cells, tmp_path, monkeyp
 @pytest.mark.parametrize(("device", "gpus", "here"), [("cuda", 3, 2), ("cpu", 2, 1)])
 def test_more_gpus_than_there_are_is_named_before_loading(cells, tmp_path, monkeypatch, device, gpus, here):
     on_gpus(monkeypatch, 2)
-    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(task, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     cell = dataclasses.replace(cells["sc_sc"], device=device)
     with pytest.raises(ValueError, match=rf"^gpus={gpus}: allowed are 1\.\.{here} with device '{device}' here$"):
         run.run_cell(cell, tmp_path / "cell.parquet", gpus=gpus)
 
 
 def test_a_prompt_too_long_for_the_model_is_named_before_loading(cells, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(task, "load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     cell = dataclasses.replace(cells["sc_sc"], max_new_tokens=600)
     with pytest.raises(ValueError, match=r"prompt 'one', turn 0: .*the models have 512"):
         run.run_cell(cell, tmp_path / "cell.parquet")

@@ -22,6 +22,7 @@ from .request import Request, Turn
 from .sampling import Draws, SamplingConfig, key_from
 from .scoring import CachedScorer, CacheFreeScorer
 from .speculative import Block, Conversation, decode_batch, decode_blocks
+from .verification import greedy_ids
 
 __all__ = [
     "Block",
@@ -40,5 +41,6 @@ __all__ = [
     "generate",
     "generate_autoregressive",
     "generate_cached",
+    "greedy_ids",
     "key_from",
 ]

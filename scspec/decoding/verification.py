@@ -125,6 +125,13 @@ def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ids.clamp(max=size - 1).long(), peaks
 
 
+def greedy_ids(logits: torch.Tensor) -> list[int]:
+    """The greedy choice of each row of logits (rows, V), fetched in one transfer. Raises ValueError as `warp` does."""
+    ids, peaks = _fetch([column[:, None] for column in largest(logits)], logits.device)
+    _check_finite(ids[:, 0], peaks[:, 0])
+    return ids[:, 0].astype(int).tolist()
+
+
 def verify(
     proposed: list[int], p: list[np.ndarray], q: list[np.ndarray], start: int, draws: Draws
 ) -> tuple[int, list[int]]:

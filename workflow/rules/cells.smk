@@ -7,7 +7,8 @@ from scspec.gpus import visible_gpus
 
 
 wildcard_constraints:
-    cell="[^/]+/[^/]+/[^/]+",
+    trajectory="[^/]+/[^/]+",
+    predictions="[^/]+/[^/]+/[^/]+",
 
 
 # As many cells at a time as this machine's GPUs have room for (`--resources gpus=N`: another limit); which GPU a cell
@@ -22,6 +23,11 @@ if EXPERIMENT.device == "cuda" and "gpus" not in workflow.global_resources:
     workflow.register_resource("gpus", max(room, EXPERIMENT.gpus))
 
 
+GPUS = EXPERIMENT.gpus if EXPERIMENT.device == "cuda" else 0
+COUNTS = f"--gpus {EXPERIMENT.gpus} --cells-per-gpu {EXPERIMENT.cells_per_gpu}"
+BATCH = f"--prompts-per-batch {EXPERIMENT.prompts_per_batch}"
+
+
 rule cell:
     input:
         lambda wildcards: ancient(CELLS[wildcards.cell].manifests()),
@@ -29,12 +35,73 @@ rule cell:
         "results/cells/{cell}.parquet",
     log:
         "results/logs/{cell}.log",
+    wildcard_constraints:
+        cell="[^/]+/[^/]+/[^/]+(?<!_replay)",
     threads: EXPERIMENT.threads_per_cell
     resources:
-        gpus=EXPERIMENT.gpus if EXPERIMENT.device == "cuda" else 0,
+        gpus=GPUS,
     params:
         cell=lambda wildcards: CELLS[wildcards.cell].to_json(),
     shell:
-        "HF_HUB_OFFLINE=1 {PYTHON:q} -m scspec run-cell {params.cell:q} --threads {threads}"
-        " --prompts-per-batch {EXPERIMENT.prompts_per_batch} --gpus {EXPERIMENT.gpus}"
-        " --cells-per-gpu {EXPERIMENT.cells_per_gpu} --output {output:q} > {log:q} 2>&1"
+        "HF_HUB_OFFLINE=1 {PYTHON:q} -m scspec run-cell {params.cell:q} --threads {threads} {BATCH} {COUNTS}"
+        " --output {output:q} > {log:q} 2>&1"
+
+
+# Method replay: a cell derives from the target's texts and the draft's predictions on them, which many cells share.
+
+
+rule trajectory:
+    input:
+        lambda wildcards: ancient(TRAJECTORIES[wildcards.trajectory].manifests()),
+    output:
+        "results/trajectories/{trajectory}.parquet",
+    log:
+        "results/logs/trajectories/{trajectory}.log",
+    threads: EXPERIMENT.threads_per_cell
+    resources:
+        gpus=GPUS,
+    params:
+        trajectory=lambda wildcards: TRAJECTORIES[wildcards.trajectory].to_json(),
+    shell:
+        "HF_HUB_OFFLINE=1 {PYTHON:q} -m scspec run-trajectory {params.trajectory:q} --threads {threads} {BATCH} {COUNTS}"
+        " --output {output:q} > {log:q} 2>&1"
+
+
+rule predictions:
+    input:
+        lambda wildcards: ancient(PREDICTIONS[wildcards.predictions].manifests()),
+        trajectory=lambda wildcards: PREDICTIONS[
+            wildcards.predictions
+        ].trajectory.path(),
+    output:
+        "results/predictions/{predictions}.parquet",
+    log:
+        "results/logs/predictions/{predictions}.log",
+    threads: EXPERIMENT.threads_per_cell
+    resources:
+        gpus=GPUS,
+    params:
+        predictions=lambda wildcards: PREDICTIONS[wildcards.predictions].to_json(),
+    shell:
+        "HF_HUB_OFFLINE=1 {PYTHON:q} -m scspec run-predictions {params.predictions:q} --threads {threads} {COUNTS}"
+        " --trajectory {input.trajectory:q} --output {output:q} > {log:q} 2>&1"
+
+
+rule replay:
+    input:
+        trajectory=lambda wildcards: CELLS[wildcards.cell]
+        .predictions()
+        .trajectory.path(),
+        predictions=lambda wildcards: CELLS[wildcards.cell].predictions().path(),
+    output:
+        "results/cells/{cell}.parquet",
+    log:
+        "results/logs/{cell}.log",
+    wildcard_constraints:
+        cell="[^/]+/[^/]+/[^/]+_replay",
+    localrule: True
+    params:
+        cell=lambda wildcards: CELLS[wildcards.cell].to_json(),
+    shell:
+        "{PYTHON:q} -m scspec replay {params.cell:q} --trajectory {input.trajectory:q}"
+        " --predictions {input.predictions:q} --output {output:q} > {log:q} 2>&1"

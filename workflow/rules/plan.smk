@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from scspec.cells import expand, manifest_names, plan
-from scspec.config import load_experiment
+from scspec.config import REPLAY, load_experiment
 
 # The interpreter that runs Snakemake has scspec; `python` on PATH may not. A global and no `params` of the rules:
 # Snakemake compares params, and the same results folder may be used from another environment.
@@ -13,6 +13,11 @@ PYTHON = sys.executable
 EXPERIMENT = load_experiment(config)
 _cells, INVALID = expand(EXPERIMENT)
 CELLS = {cell.id: cell for cell in _cells}
+_predictions = [cell.predictions() for cell in _cells if cell.method == REPLAY]
+PREDICTIONS = {predictions.id: predictions for predictions in _predictions}
+TRAJECTORIES = {
+    predictions.trajectory.id: predictions.trajectory for predictions in _predictions
+}
 MODELS = manifest_names(_cells)
 PLAN = json.dumps(plan(EXPERIMENT, _cells, INVALID), indent=1, sort_keys=True) + "\n"
 

@@ -1,0 +1,217 @@
+"""What every job that runs models shares: checks before anything is loaded, models, prompts, checkpoint, metadata."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from tqdm import tqdm
+
+from scspec import provenance
+from scspec.cells import Cell, Side, Trajectory
+from scspec.checkpoint import Checkpoint, FinishedPrompt
+from scspec.decoding import Block, CachedScorer, Conversation, Draws, SamplingConfig, Turn, decode_batch, key_from
+from scspec.hardware import sc_mac_share
+from scspec.models import check_placement, check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
+from scspec.patching import knobs_of
+from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
+from scspec.results import SCHEMA_VERSION
+from scspec.sc.knobs import PRESETS, resolve_knobs
+
+#: Blocks decoded before the first that counts, in each slot, if all their proposals are accepted; else more.
+WARM_UP_BLOCKS = 4
+
+Save = Callable[[FinishedPrompt], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job's models and prompts, ready to work.
+
+    `spec` says which prompts, how they are sampled and on what; `models` has a model of each of its `sides`, by name
+    ("target", "draft"). Texts may go on for `beyond` tokens past their budget. `gamma` is 0 without a draft.
+    """
+
+    spec: Cell | Trajectory
+    sides: dict[str, Side]
+    models: dict[str, Any]
+    prompts: list[Prompt]
+    first_turns: list[list[int]]
+    tokenizer: Any
+    beyond: int
+    began: Checkpoint
+
+    @classmethod
+    def load(
+        cls, spec: Cell | Trajectory, sides: dict[str, Side], output: Path, *, beyond: int, threads: int, gpus: int
+    ) -> "Task":
+        """Check everything cheap, then load the models, each spread over the first `gpus` GPUs.
+
+        Raises ValueError that names what is wrong. Sets the process's thread counts.
+        """
+        began = Checkpoint(output)
+        prompts = _checked_prompts(spec)
+        _check_placement(spec, gpus)
+        for side in sides.values():
+            resolve_knobs(_overrides(side))
+            check_vocabularies(spec.target.model, side.model)
+        torch.set_num_threads(threads)
+        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        tokenizer = load_tokenizer(spec.target.model)
+        limit = min(context_limit(side.model) for side in sides.values())
+        first_turns = [encode_turn(tokenizer, [], prompt.turns[0]) for prompt in prompts]
+        for prompt, ids in zip(prompts, first_turns, strict=True):
+            _check_length(spec, prompt, 0, len(ids), beyond, limit)
+        models = {name: _load(spec, side, gpus) for name, side in sides.items()}
+        return cls(spec, sides, models, prompts, first_turns, tokenizer, beyond, began)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what a file says of where it came from, without its prompts and times."""
+        models = {name: fetch_model(side.model) for name, side in self.sides.items()}
+        commit, dirty = provenance.commit()
+        return {
+            "versions": provenance.versions(),
+            "commit": commit,
+            "dirty": dirty,
+            "sources": provenance.sources_sha256(),
+            "models": models,
+            "device": f"{self.spec.device}: {provenance.device_name(self.spec.device)}",
+            "backend": self.spec.backend,
+            "sc_mac_share": {name: sc_mac_share(model.config) for name, model in self.models.items()},
+            "weights_note": {name: manifest["note"] for name, manifest in models.items()},
+            "settings": {
+                name: {**knobs_of(self.models[name]), "skip_layers": list(side.skip_layers)}
+                for name, side in self.sides.items()
+            },
+        }
+
+    def complete(
+        self, metadata: dict[str, Any], work: Callable[[list[Prompt], Save], None]
+    ) -> tuple[list[FinishedPrompt], dict[str, Any]]:
+        """Return all prompts, finished, and the metadata with prompts and times.
+
+        `work` gets the prompts that no earlier run of the same settings, sources and device has finished, and saves
+        each as it finishes (`checkpoint`). All that could change a result is in the metadata; `dirty` is left out
+        of what earlier runs must share: the sources are in, and not a config.yaml.
+        """
+        checkpoint = self.began
+        key = {name: value for name, value in metadata.items() if name != "dirty"}
+        checkpoint.resume({**key, "schema_version": SCHEMA_VERSION, "first_turns": token_ids_sha256(self.first_turns)})
+        work([prompt for prompt in self.prompts if prompt.prompt_id not in checkpoint.finished], checkpoint.save)
+        finished = [checkpoint.finished[prompt.prompt_id] for prompt in self.prompts]
+        attempts = checkpoint.attempts()
+        return finished, {
+            **metadata,
+            "prompts": {
+                "file": self.spec.prompt_file,
+                "sha256": self.spec.prompt_sha256,
+                "count": len(finished),
+                "token_ids_sha256": token_ids_sha256(ids for prompt in finished for ids in prompt.token_ids),
+            },
+            "started_at": attempts[0]["started_at"],
+            "wall_time_s": sum(attempt["wall_time_s"] for attempt in attempts),
+            "attempts": attempts,
+        }
+
+    def decode(
+        self, prompts: list[Prompt], token_ids: list[list[list[int]]], *, gamma: int, slots: int, past_end: int = 0
+    ) -> Iterator[tuple[int, int, Block]]:
+        """Yield (index of the prompt, turn, block), `slots` prompts side by side; gamma 0 is the target alone.
+
+        Each turn's ids are appended to its prompt's `token_ids`. Progress goes to stderr.
+        """
+        if not prompts:
+            return
+        slots, capacity = min(slots, len(prompts)), self._capacity(prompts)
+        target = CachedScorer(self.models["target"], capacity, slots)
+        draft = CachedScorer(self.models["draft"], capacity, slots) if gamma else None
+        options = {"gamma": gamma, "sampling": SamplingConfig(**vars(self.spec.sampling))}
+        for _ in decode_batch(
+            target, draft, self._warm_up(prompts[0], slots, gamma), **options, eos_token_ids=frozenset()
+        ):
+            pass
+        conversations = [
+            self._conversation(prompt, ids, past_end) for prompt, ids in zip(prompts, token_ids, strict=True)
+        ]
+        blocks = decode_batch(target, draft, conversations, **options, eos_token_ids=self.eos_token_ids)
+        total = sum(len(prompt.turns) for prompt in prompts) * self.spec.max_new_tokens
+        with tqdm(total=total, unit="tok", desc=self.spec.id, file=sys.stderr, mininterval=1) as progress:
+            for index, turn, block in blocks:
+                yield index, turn, block
+                left = self.spec.max_new_tokens - (block.start - len(token_ids[index][turn]))
+                progress.update(max(left, 0) if block.stop else block.kept)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Every id that ends a text: the generation config's of the target (one or several) and the tokenizer's."""
+        ids = self.models["target"].generation_config.eos_token_id
+        ids = ids if isinstance(ids, list) else [ids]
+        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+
+    def _warm_up(self, prompt: Prompt, slots: int, gamma: int) -> list[Conversation]:
+        """Return conversations whose blocks nobody counts: what is compiled or captured there is in no block's time."""
+        ids = encode_turn(self.tokenizer, [], prompt.turns[0])
+        budget = min(WARM_UP_BLOCKS * (gamma + 1), self.spec.max_new_tokens)
+        return [(turn for turn in [Turn(ids, budget, Draws(0))]) for _ in range(slots)]
+
+    def _conversation(self, prompt: Prompt, token_ids: list[list[int]], past_end: int) -> Conversation:
+        """Yield the prompt's turns, each after the reply to the one before, and append their ids to `token_ids`."""
+        spec, history = self.spec, []
+        limit = min(model.config.max_position_embeddings for model in self.models.values())
+        for turn, text in enumerate(prompt.turns):
+            ids = encode_turn(self.tokenizer, history, text)
+            _check_length(spec, prompt, turn, len(ids), self.beyond, limit)
+            token_ids.append(ids)
+            draws = Draws(key_from(spec.sampling_seed, prompt.prompt_id, turn))
+            new_ids = yield Turn(ids, spec.max_new_tokens, draws, past_end)
+            reply = self.tokenizer.decode(new_ids, skip_special_tokens=True)
+            history += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+    def _capacity(self, prompts: list[Prompt]) -> int:
+        """Return the positions that the longest prompt is likely to need; replies may encode to more tokens again."""
+        asked = [[len(encode_turn(self.tokenizer, [], text)) for text in prompt.turns] for prompt in prompts]
+        likely = max(sum(turns) + len(turns) * self.spec.max_new_tokens for turns in asked) + self.beyond - 1
+        return min(likely, *(model.config.max_position_embeddings for model in self.models.values()))
+
+
+def _checked_prompts(spec: Cell | Trajectory) -> list[Prompt]:
+    found = file_sha256(spec.prompt_file)
+    if found != spec.prompt_sha256:
+        raise ValueError(
+            f"prompt_file {spec.prompt_file}: its SHA-256 is {found}, the cell was planned with {spec.prompt_sha256}"
+        )
+    return load_prompts(spec.prompt_file)[: spec.prompt_limit]
+
+
+def _check_placement(spec: Cell | Trajectory, gpus: int) -> None:
+    check_placement(spec.device, getattr(torch, spec.dtype), spec.backend)
+    here = torch.cuda.device_count() if spec.device == "cuda" else 1
+    if not 1 <= gpus <= here:
+        raise ValueError(f"gpus={gpus}: allowed are 1..{here} with device {spec.device!r} here")
+    check_placement(_devices(spec, gpus), getattr(torch, spec.dtype), spec.backend)
+
+
+def _devices(spec: Cell | Trajectory, gpus: int) -> str | list[str]:
+    return spec.device if gpus == 1 else [f"cuda:{index}" for index in range(gpus)]
+
+
+def _check_length(spec: Cell | Trajectory, prompt: Prompt, turn: int, tokens: int, beyond: int, limit: int) -> None:
+    """Raise ValueError if the models have fewer positions than the turn needs."""
+    needed = tokens + spec.max_new_tokens + beyond
+    if needed > limit:
+        raise ValueError(
+            f"prompt {prompt.prompt_id!r}, turn {turn}: {tokens} tokens, {spec.max_new_tokens} new ones and a block "
+            f"need {needed} positions; the models have {limit}"
+        )
+
+
+def _overrides(side: Side) -> dict:
+    return PRESETS["float"] if side.sc is None else side.sc
+
+
+def _load(spec: Cell | Trajectory, side: Side, gpus: int) -> Any:
+    where = {"device": _devices(spec, gpus), "dtype": getattr(torch, spec.dtype), "backend": spec.backend}
+    return load_model(side.model, sc_overrides=_overrides(side), skip_layers=side.skip_layers, **where)
