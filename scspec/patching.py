@@ -19,7 +19,7 @@ from scspec import fused_cpu
 from scspec.attention import CausalAttention
 from scspec.decoding.cache import KVCache
 from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU
-from scspec.sc.knobs import SC_CONFIG_DEFAULTS, check_knobs, resolve_knobs
+from scspec.sc.knobs import SC_CONFIG_DEFAULTS, check_knobs, deciding_patterns, frozen_modules, resolve_knobs
 from scspec.sc.linear import SCLinear, SharedInput
 from scspec.sc.matmul import GPU_BACKENDS, resolve_backend
 
@@ -27,6 +27,8 @@ Placement = torch.device | str | Sequence[torch.device | str]
 _ATTENTION_NAME = "scspec"
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ROPE_TYPES = ("default", "linear", "llama3")
+#: Linears of a decoder layer that read one tensor.
+_SHARED_INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
 def knobs_of(model: PreTrainedModel) -> dict:
@@ -58,17 +60,20 @@ def patch_model(
     backend = model_backend(backend, devices[0])
     check_dtype(dtype, backend)
     _check_supported(model)
+    _deciding_patterns(model, knobs["sc_modules"])
     devices = layer_devices(len(model.model.layers), devices)
     for name, value in knobs.items():
         setattr(model.config, name, value)
     model.eval().requires_grad_(False)
     # What the leaves read; refreshed from the config before each forward.
-    model.sc_knobs = SimpleNamespace(**knobs, backend=backend)
+    model.sc_knobs = SimpleNamespace(**{**knobs, "sc_modules": ()}, backend=backend)
+    model.sc_module_knobs = {}  # the same with what `sc_modules` sets on top, by the items of what it sets
     spread = len(set(devices)) > 1
     if spread:  # tied weights part: each end has its own
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach(), requires_grad=False)
     _replace_leaves(model)
     _replace_attention(model, devices)
+    _hand_out(model, knobs)
     model.forward = MethodType(_forward, model)
     model.new_kv_cache = MethodType(_new_kv_cache, model)
     llama = model.model
@@ -213,8 +218,8 @@ def _replace_leaves(model: PreTrainedModel) -> None:
             if not list(module.children()) and not isinstance(module, known):
                 raise ValueError(f"module {path} ({type(module).__name__}): has no batch-invariant version")
     for layer in model.model.layers:
-        SharedInput.join([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj])
-        SharedInput.join([layer.mlp.gate_proj, layer.mlp.up_proj])
+        for names in _SHARED_INPUTS:
+            SharedInput.join([layer.get_submodule(name) for name in names])
 
 
 def _replacement(path: str, module: nn.Module, knobs) -> nn.Module | None:
@@ -274,7 +279,52 @@ def _refresh_knobs(model: PreTrainedModel) -> None:
     check_knobs(knobs)
     if knobs["batch_invariant"] != model.sc_knobs.batch_invariant:
         raise ValueError("batch_invariant: fixed when the model was patched; load it again with the other value")
-    model.sc_knobs.__dict__.update(knobs)
+    _hand_out(model, knobs)
+
+
+def _hand_out(model: PreTrainedModel, knobs: dict) -> None:
+    """Bring what the leaves read up to checked `knobs`. Which object a leaf reads changes with `sc_modules` alone."""
+    frozen = frozen_modules(knobs["sc_modules"])
+    if frozen != model.sc_knobs.sc_modules:
+        _hand_out_overrides(model, knobs["sc_modules"], dict(frozen))
+    vars(model.sc_knobs).update(knobs, sc_modules=frozen)
+    for override, own in model.sc_module_knobs.items():
+        vars(own).update(vars(model.sc_knobs), **dict(override))
+
+
+def _hand_out_overrides(model: PreTrainedModel, sc_modules: dict, items: dict[str, tuple]) -> None:
+    """Give each leaf the knobs object it reads: the model's, or that of all leaves with its override.
+
+    items: what each pattern sets. Leaves that share an input share the object.
+    """
+    patterns = _deciding_patterns(model, sc_modules)
+    model.sc_module_knobs = {items[pattern]: SimpleNamespace() for pattern in patterns.values()}
+    for name in _matchable(model):
+        module = model.get_submodule(name)
+        leaf = module if isinstance(module, SCLinear) else module.scspec_attention
+        leaf.knobs = model.sc_module_knobs[items[patterns[name]]] if name in patterns else model.sc_knobs
+
+
+def _matchable(model: PreTrainedModel) -> list[str]:
+    """Return the names that patterns of `sc_modules` may match, patched or not."""
+    kinds = nn.Linear, SCLinear, type(model.model.layers[0].self_attn)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
+
+
+def _deciding_patterns(model: PreTrainedModel, sc_modules: dict) -> dict[str, str]:
+    """Return the pattern that decides for each name. Raises ValueError for one without a module, or a divided group."""
+    patterns = deciding_patterns(sc_modules, _matchable(model))
+    for layer in range(len(model.model.layers)):
+        for group in _SHARED_INPUTS:
+            names = [f"model.layers.{layer}.{name}" for name in group]
+            for name in names[1:]:
+                decides = [patterns.get(each) for each in (names[0], name)]
+                if sc_modules.get(decides[0]) != sc_modules.get(decides[1]):
+                    raise ValueError(
+                        f"sc_modules: {names[0]} is set by {decides[0]!r}, {name} by {decides[1]!r}; "
+                        f"{', '.join(group)} share their input's codes and need one setting"
+                    )
+    return patterns
 
 
 def _forward(

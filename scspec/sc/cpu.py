@@ -19,7 +19,7 @@ import torch
 from scspec.jit import compiled
 from scspec.sc.cpu_prefetch import prefetch
 from scspec.sc.encoding import SCALE_FLOOR, Encoded
-from scspec.sc.streams import StreamSpec, count_table, ones_table
+from scspec.sc.streams import KEPT_TABLES, StreamSpec, count_table, ones_table
 
 NAME = "cpu"
 ROWS = 4
@@ -61,12 +61,15 @@ def counts(a_codes: torch.Tensor, b_codes: torch.Tensor, spec: StreamSpec) -> to
     return torch.from_numpy(_unpack_total(sums, rows))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT_TABLES)
 def counts_by_magnitude(spec: StreamSpec) -> np.ndarray:
     """Return `count_table`, (base, stoc_len + 1, 128 if bipolar, else 256): zero for magnitudes above the codes."""
     table = count_table(spec)
     missing = (_SIGN_BIT if spec.mode == "bipolar" else 256) - table.shape[2]
-    return np.pad(table, ((0, 0), (0, 0), (0, missing))) if missing else table
+    if missing:
+        table = np.pad(table, ((0, 0), (0, 0), (0, missing)))
+        table.setflags(write=False)  # as the other is: layers of mixed precisions are one binary to numba
+    return table
 
 
 def linear(x: torch.Tensor, weight: PackedWeight, spec: StreamSpec) -> torch.Tensor:

@@ -4,11 +4,23 @@ They live on `model.config` (`patching`), and a pair of `config.yaml` may overri
 plan can be checked in a moment.
 """
 
+from collections.abc import Iterable
+from copy import deepcopy
+from fnmatch import fnmatchcase
 from types import SimpleNamespace
 
 from scspec.sc.streams import GRANULARITIES, StreamSpec, resolve_streams
 
+#: The knobs that `sc_modules` may set for some modules alone.
+MODULE_KNOBS = ("sc_stoc_len", "sc_prec")
+
 #: Every knob and its default. `sc_stoc_len` None: 2**(sc_prec - 1) with halving in bipolar mode, else 2**sc_prec.
+#:
+#: `sc_modules`: {pattern: {"sc_stoc_len": int, "sc_prec": int}}, either or both; what a pattern leaves out is the
+#: model's. Patterns are those of `fnmatch` ("*" matches dots too) over Hugging Face's names: "lm_head",
+#: "model.layers.3.mlp.up_proj"; "model.layers.3.self_attn" stands for both products of that layer's attention, and not
+#: for its projections. The first pattern that matches a module decides. q, k and v of a layer, and its gate and up,
+#: need one setting. Of a model that was loaded without some layers, those that remain count from 0 in these names.
 SC_CONFIG_DEFAULTS = {
     "use_sc_attn": True,
     "use_sc_linear": True,
@@ -22,6 +34,7 @@ SC_CONFIG_DEFAULTS = {
     "sc_lm_head": False,
     "sc_seed": 0,
     "batch_invariant": True,
+    "sc_modules": {},
 }
 
 #: The published wiring: attention scales that look at later tokens, and the library's own float arithmetic.
@@ -43,7 +56,7 @@ def resolve_knobs(overrides: dict | str | None) -> dict:
     unknown = sorted(set(overrides) - set(SC_CONFIG_DEFAULTS))
     if unknown:
         raise ValueError(f"unknown SC knob {unknown[0]!r}; allowed are {', '.join(SC_CONFIG_DEFAULTS)}")
-    knobs = {**(PRESETS[preset] if preset else SC_CONFIG_DEFAULTS), **overrides}
+    knobs = deepcopy({**(PRESETS[preset] if preset else SC_CONFIG_DEFAULTS), **overrides})
     check_knobs(knobs)
     return knobs
 
@@ -63,11 +76,54 @@ def check_knobs(knobs: dict) -> None:
         raise ValueError(
             f"sc_granularity={knobs['sc_granularity']!r}: with sc_mode='unipolar' allowed are 'per_row', 'per_tensor'"
         )
+    _check_modules(knobs)
 
 
 def stream_spec(knobs) -> StreamSpec:
     """Return the streams that the knobs (as attributes) ask for."""
     return resolve_streams(knobs.sc_mode, knobs.sc_prec, knobs.sc_stoc_len, None, knobs.sc_halve_bipolar, knobs.sc_seed)
+
+
+def frozen_modules(sc_modules: dict) -> tuple[tuple[str, tuple], ...]:
+    """Return `sc_modules` as a value: (pattern, items of what it sets) in the order of the patterns, which matters."""
+    return tuple((pattern, tuple(sorted(override.items()))) for pattern, override in sc_modules.items())
+
+
+def deciding_patterns(sc_modules: dict, names: Iterable[str]) -> dict[str, str]:
+    """Return {name: the first pattern that matches it}, without the names that none matches.
+
+    Raises ValueError naming a pattern that matches no name.
+    """
+    names, found = list(names), {}
+    for pattern in sc_modules:
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
+            raise ValueError(f"sc_modules: {pattern!r} matches no module; names are {names[0]!r} to {names[-1]!r}")
+        for name in matched:
+            found.setdefault(name, pattern)
+    return found
+
+
+def _check_modules(knobs: dict) -> None:
+    if not isinstance(knobs["sc_modules"], dict):
+        raise ValueError(f"sc_modules={knobs['sc_modules']!r}: must be a mapping of patterns")
+    for pattern, override in knobs["sc_modules"].items():
+        if not isinstance(pattern, str) or not _is_override(override):
+            raise ValueError(
+                f"sc_modules[{pattern!r}]={override!r}: must map {' or '.join(MODULE_KNOBS)}, or both, to ints"
+            )
+    patterns = {override: pattern for pattern, override in frozen_modules(knobs["sc_modules"])}
+    for override, pattern in patterns.items():  # each setting once, however many patterns have it: before each forward
+        try:
+            stream_spec(SimpleNamespace(**{**knobs, **dict(override)}))
+        except ValueError as error:
+            raise ValueError(f"sc_modules[{pattern!r}]: {error}") from None
+
+
+def _is_override(value) -> bool:
+    if not isinstance(value, dict) or not value or not set(value) <= set(MODULE_KNOBS):
+        return False
+    return all(isinstance(number, int) and not isinstance(number, bool) for number in value.values())
 
 
 def _check_choice(knobs: dict, name: str, allowed: tuple[str, ...]) -> None:

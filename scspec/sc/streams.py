@@ -17,6 +17,9 @@ _GOLDEN_64 = 0x9E3779B97F4A7C15
 
 SC_PREC_RANGE = (2, 8)
 MODES = ("bipolar", "unipolar")
+#: Count tables kept, of 4 to 17 MB at sc_prec 8: where two models of mixed lengths have more settings than that, each
+#: forward builds tables anew, 20 ms each.
+KEPT_TABLES = 32
 GRANULARITIES = ("per_row", "per_head", "per_tensor", "causal")  # scopes of a quantisation scale
 
 
@@ -162,7 +165,7 @@ def ones_table(spec: StreamSpec) -> np.ndarray:
     return _frozen(ones.astype(np.int16))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=KEPT_TABLES)
 def count_table(spec: StreamSpec) -> np.ndarray:
     """Return C[d, K, j] = #{t < K : rb[d, t] < B(j)}: counts (base, stoc_len + 1, q + 1), read-only.
 
