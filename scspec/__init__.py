@@ -10,6 +10,7 @@ config -> cells -> (prompts, models -> patching) -> decoding (over sc + invarian
     decoding             plain and speculative decoding, exact
     run                  run_cell: where these meet
     results, stats       Parquet rows -> estimates with intervals
+    compare              two cells or grids -> differences
     charts, report       estimates -> HTML
     hardware, provenance MACs; where a result came from
     cli                  the command line
