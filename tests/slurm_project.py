@@ -25,6 +25,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PROMPTS = ("Hello there", "What is this?", "And that?")
 CELL = "results/cells/tiny/sc_sc/L64_d32_p8_g2_s0_n0.parquet"
 OTHER = CELL.replace("_g2_", "_g4_")
+#: A profile that needs no Slurm: one cell at a time, in a process of this machine.
+HERE = "profiles/default"
 #: What a cell asks for, unless a test says otherwise: enough, and no longer than a test may take.
 RESOURCES = ("cell:mem_mb=2000", "cell:runtime=5")
 #: A cell writes to disk once when it begins, once after each prompt, and once for its Parquet file. While the file
@@ -35,8 +37,15 @@ import itertools, os, sys, time
 def held(file, fsync=os.fsync, writes=itertools.count(1)):
     fsync(file)
     number = next(writes)
-    while os.path.exists("hold") and open("hold").read() == str(number):
+    while told() == str(number):
         time.sleep(0.05)
+
+def told():
+    try:
+        with open("hold") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
 
 if "run-cell" in sys.orig_argv:
     os.fsync = held
@@ -66,6 +75,14 @@ def make_project(folder: Path) -> "Project":
     return Project(folder)
 
 
+def built_project(folder: Path, *cells: str) -> "Project":
+    """Return a new project in `folder` whose `cells` were built undisturbed, without Slurm."""
+    project = make_project(folder)
+    with project.running(profile=HERE, targets=cells) as running:
+        running.messages(timeout=300)  # the first cell may have to compile all that is compiled
+    return project
+
+
 def rows_of(path: Path) -> pd.DataFrame:
     """Return the rows of a cell's Parquet file without times: two undisturbed runs have the same."""
     blocks, _ = read_cell(path)
@@ -81,8 +98,9 @@ class Project:
         self.cell = folder / CELL
 
     def copy(self, folder: Path) -> "Project":
-        """Return the same project, with all that was built, in another folder; times included."""
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        """Return the same project in another folder, times included, but without the cells that were built."""
+        shutil.copytree(self.folder, folder)
+        shutil.rmtree(folder / "results" / "cells")
         return Project(folder)
 
     def hold(self, *, prompts: int) -> None:

@@ -17,7 +17,7 @@ import pandas as pd
 import psutil
 import pytest
 from slurm_box import SlurmBox, skip, wait
-from slurm_project import CELL, OTHER, RESOURCES, Project, Running, make_project, rows_of
+from slurm_project import CELL, OTHER, RESOURCES, Project, Running, built_project, rows_of
 
 from scspec.results import read_cell
 
@@ -28,17 +28,13 @@ ONE_MINUTE = ("cell:mem_mb=2000", "cell:runtime=1")
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A project whose cells were built without Slurm; not to be changed."""
-    project = make_project(tmp_path_factory.mktemp("undisturbed"))
-    project.run(profile="profiles/default", targets=(CELL, OTHER))
-    return project
+    return built_project(tmp_path_factory.mktemp("undisturbed"), CELL, OTHER)
 
 
 @pytest.fixture
 def project(undisturbed: Project, tmp_path: Path) -> Project:
     """A copy of it without the cells."""
-    copy = undisturbed.copy(tmp_path / "project")
-    shutil.rmtree(copy.folder / "results" / "cells")
-    return copy
+    return undisturbed.copy(tmp_path / "project")
 
 
 @pytest.fixture
