@@ -41,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_job(commands, "run-trajectory", texts, _run_trajectory, "prompts_per_batch")
     predictions = _add_job(commands, "run-predictions", "run a draft over a target's texts", _run_predictions)
     predictions.add_argument("--trajectory", type=Path, required=True, help="the target's texts")
+    quality = _add_job(commands, "run-quality", "score a target on a fixed text, beside itself in float", _run_quality)
+    quality.add_argument("--trajectory", type=Path, required=True, help="the float target's texts")
 
     replay = commands.add_parser("replay", help="derive one cell from texts and predictions: no model runs")
     replay.add_argument("line", metavar="JSON", help="the cell's JSON line")
@@ -134,6 +136,16 @@ def _run_predictions(arguments: argparse.Namespace) -> None:
     from scspec.replay import run_predictions
 
     run_predictions(predictions, arguments.trajectory, arguments.output, **counts)
+
+
+def _run_quality(arguments: argparse.Namespace) -> None:
+    from scspec.cells import Quality
+
+    quality = Quality.from_json(arguments.line)
+    counts = _counts(arguments, quality.trajectory.device)
+    from scspec.quality import run_quality
+
+    run_quality(quality, arguments.trajectory, arguments.output, **counts)
 
 
 def _replay(arguments: argparse.Namespace) -> None:
