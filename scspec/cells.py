@@ -119,6 +119,29 @@ class Predictions(_Line):
 
 
 @dataclass(frozen=True)
+class Quality(_Line):
+    """How well a target in SC predicts a text: that of the same target in floating point, and a text file if named."""
+
+    trajectory: Trajectory
+    target: Side
+    text_file: str | None
+    text_sha256: str | None
+
+    @property
+    def id(self) -> str:
+        """Name it for a reader, and by a hash of all its settings."""
+        return f"{manifest_name(self.target.model)}/{_streams_label(self.target)}-{_digest(self)}"
+
+    def path(self, results_dir: str | Path = "results") -> Path:
+        """Return where its Parquet file lies."""
+        return Path(results_dir) / "quality" / f"{self.id}.parquet"
+
+    def manifests(self, results_dir: str | Path = "results") -> list[Path]:
+        """Return where the manifest of its model lies."""
+        return _manifests([self.target], results_dir)
+
+
+@dataclass(frozen=True)
 class Cell(_Line):
     """One run over a prompt file. `method` is "loop" (draft and target take turns) or "replay" (see `predictions`).
 
@@ -149,9 +172,12 @@ class Cell(_Line):
 
     def predictions(self) -> Predictions:
         """Return what a replayed cell derives from. Cells that differ in gamma share it, nearly always."""
-        past_end = -(-self.gamma // PAST_END_STEP) * PAST_END_STEP
+        return Predictions(self.trajectory(past_end=-(-self.gamma // PAST_END_STEP) * PAST_END_STEP), self.draft)
+
+    def trajectory(self, *, past_end: int) -> Trajectory:
+        """Return the target's own texts of the cell's prompts."""
         shared = {item.name: getattr(self, item.name) for item in fields(Trajectory) if item.name != "past_end"}
-        return Predictions(Trajectory(past_end=past_end, **shared), self.draft)
+        return Trajectory(past_end=past_end, **shared)
 
     def path(self, results_dir: str | Path = "results") -> Path:
         """Return where the cell's Parquet file lies."""
@@ -186,7 +212,7 @@ def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
     A replayed experiment has one more, the audit: one of them, as a loop. Combinations that resolve to the same run of
     the same arm are one cell. Raises `FileNotFoundError` if there is no such prompt file.
     """
-    prompt_sha256 = _prompt_sha256(experiment.prompt_file)
+    prompt_sha256 = _sha256(experiment.prompt_file, "prompt_file", "the path of a prompt file")
     cells: dict[Cell, None] = {}
     invalid: dict[Invalid, None] = {}
     for pair, (arm, points, gammas) in product(experiment.pairs, _arms(experiment)):
@@ -202,12 +228,40 @@ def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
     return [*cells, *audit], list(invalid)
 
 
-def plan(experiment: Experiment, cells: Iterable[Cell], invalid: Iterable[Invalid]) -> dict[str, Any]:
-    """Return what a report needs to know of a run, in plain JSON types: which cells there should be, and which not."""
+def qualities(experiment: Experiment, cells: Iterable[Cell]) -> dict[str, Quality]:
+    """Return {cell id: what to measure of its target}, for each cell whose target is in SC; one text for all.
+
+    Raises `FileNotFoundError` if there is no such text file.
+    """
+    text_file = experiment.quality.text_file
+    text_sha256 = text_file and _sha256(text_file, "quality.text_file", "the path of a text file")
+    found = {}
+    for cell in cells if experiment.quality.enabled else ():
+        if cell.target.sc is not None:
+            text = replace(cell, target=replace(cell.target, sc=None), sampling_seed=experiment.sampling_seed[0])
+            trajectory = text.trajectory(past_end=PAST_END_STEP)
+            found[cell.id] = Quality(trajectory, cell.target, text_file, text_sha256)
+    return found
+
+
+def plan(
+    experiment: Experiment, cells: Iterable[Cell], invalid: Iterable[Invalid], quality: dict[str, Quality]
+) -> dict[str, Any]:
+    """Return what a report needs to know of a run, in plain JSON types.
+
+    Which cells there should be, each with the path of its target's quality (or None), and which cannot be.
+    """
     return {
         "demonstration": experiment.demonstration,
         "settings": experiment.settings,
-        "cells": [{**json.loads(cell.to_json()), "path": cell.path().as_posix()} for cell in cells],
+        "cells": [
+            {
+                **json.loads(cell.to_json()),
+                "path": cell.path().as_posix(),
+                "quality": quality[cell.id].path().as_posix() if cell.id in quality else None,
+            }
+            for cell in cells
+        ],
         "invalid": [asdict(combination) for combination in invalid],
     }
 
@@ -269,14 +323,12 @@ def _audit(cells: Iterable[Cell]) -> Cell:
     return replace(drawn, id=f"{drawn.pair}/{AUDIT_ARM}/{stem}", arm=AUDIT_ARM, method=LOOP)
 
 
-def _prompt_sha256(path: str) -> str:
-    """Return the SHA-256 of the prompt file's bytes."""
+def _sha256(path: str, where: str, allowed: str) -> str:
+    """Return the SHA-256 of a file's bytes. Raises `FileNotFoundError` that says where it was named."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
-        raise FileNotFoundError(
-            f"prompt_file: {path!r} cannot be read ({error.strerror}); allowed: the path of a prompt file"
-        ) from None
+        raise FileNotFoundError(f"{where}: {path!r} cannot be read ({error.strerror}); allowed: {allowed}") from None
 
 
 def _arms(experiment: Experiment) -> Iterator[tuple[str, list[tuple[int, int]], tuple[int, ...]]]:

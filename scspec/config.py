@@ -78,6 +78,14 @@ class Controls:
 
 
 @dataclass(frozen=True)
+class QualityConfig:
+    """Whether the targets' quality is measured, and on which text file beside the continuations of the prompts."""
+
+    enabled: bool
+    text_file: str | None
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything `config.yaml` says, checked. `pairs` holds the enabled ones; `settings` is the YAML with defaults."""
 
@@ -92,6 +100,7 @@ class Experiment:
     max_new_tokens: int
     sampling: Sampling
     controls: Controls
+    quality: QualityConfig
     device: str
     dtype: str
     backend: str
@@ -128,6 +137,7 @@ def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
         ),
         sampling=Sampling(**settings["sampling"]),
         controls=_controls(settings),
+        quality=QualityConfig(**settings["quality"]),
         settings=settings,
         **{key: settings[key] for key in plain},
         **{axis: tuple(settings[axis]) for axis in axes},

@@ -126,7 +126,7 @@ def run_predictions(
     task = Task.load(trajectory, sides, output, beyond=trajectory.past_end + 1, threads=threads, gpus=gpus)
     metadata = {"predictions": json.loads(predictions.to_json()), "trajectory_file_sha256": sha256_of(trajectory_path)}
     metadata |= task.metadata()
-    _check_alike(trajectory_path, origin, "this run", metadata)
+    check_alike(trajectory_path, origin, "this run", metadata)
 
     def predict(prompts: list[Prompt], save: Save) -> None:
         for prompt in prompts:
@@ -188,7 +188,7 @@ def replay_cell(cell: Cell, trajectory_path: Path, predictions_path: Path, outpu
         )
     if metadata["trajectory_file_sha256"] != sha256_of(trajectory_path):
         raise ValueError(f"{predictions_path}: made from another {trajectory_path}; again: {_again(predictions_path)}")
-    _check_alike(trajectory_path, origin, predictions_path, metadata)
+    check_alike(trajectory_path, origin, predictions_path, metadata)
     metadata = _cell_metadata(cell, origin, metadata)
     keys, rows = key_columns(cell, metadata), []
     for text, prediction in zip(texts.itertuples(), predicted.itertuples(), strict=True):
@@ -210,12 +210,13 @@ def _again(path: Path) -> str:
     return f"again: snakemake -R {path}"
 
 
-def _check_alike(path: Path, found: dict[str, Any], other: Path | str, wanted: dict[str, Any]) -> None:
+def check_alike(path: Path, found: dict[str, Any], other: Path | str, wanted: dict[str, Any]) -> None:
+    """Raise ValueError if a trajectory (its path and metadata) and what it is to be used with are of two platforms."""
     if different := [name for name in _ALIKE if found[name] != wanted[name]]:
         ours, theirs = ({name: its[name] for name in different} for its in (wanted, found))
         raise ValueError(
             f"{path} and {other} were made with different {', '.join(different)}: {theirs} and {ours}; "
-            f"a replay needs both from one platform; {_again(path)}"
+            f"needed: both from one platform; {_again(path)}"
         )
 
 

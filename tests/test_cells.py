@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scspec.cells import RESEED_OFFSET, Cell, Invalid, Side, expand, manifest_names, plan
+from scspec.cells import RESEED_OFFSET, Cell, Invalid, Quality, Side, expand, manifest_names, plan, qualities
 from scspec.config import BACKENDS, DTYPES, load_experiment, read_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -46,6 +46,12 @@ def cells_of(**changes: Any) -> dict[str, Cell]:
     by_id = {cell.id: cell for cell in cells}
     assert len(by_id) == len(cells)
     return by_id
+
+
+def quality_of(**changes: Any) -> tuple[dict[str, Quality], Any]:
+    """Return what is measured of each cell's target, by cell id, and the experiment; controls are on."""
+    experiment = load_experiment(experiment_of(**{"controls": {}, **changes}))
+    return qualities(experiment, expand(experiment)[0]), experiment
 
 
 def control(arm: str, **changes: Any) -> list[Cell]:
@@ -357,8 +363,9 @@ def test_what_changes_no_result_is_not_part_of_a_cell() -> None:
 def test_the_plan_names_every_cell_and_what_cannot_exist() -> None:
     experiment = load_experiment(experiment_of(stoc_len=[128, 512]))
     cells, invalid = expand(experiment)
-    written = json.loads(json.dumps(plan(experiment, cells, invalid)))
+    written = json.loads(json.dumps(plan(experiment, cells, invalid, qualities(experiment, cells))))
     (entry,) = written["cells"]
+    assert entry.pop("quality") == qualities(experiment, cells)[cells[0].id].path().as_posix()
     assert entry.pop("path") == "results/cells/tiny/sc_sc/L128_d128_p8_g4_s0_n0.parquet"
     assert Cell.from_json(json.dumps(entry)) == cells[0]
     assert written["invalid"][0]["reason"] == "target stoc_len 512 is above 2**sc_prec = 256"
@@ -386,3 +393,28 @@ def test_a_replayed_grid_has_one_loop_more_as_an_audit() -> None:
     assert replace(derived, id=audit.id, arm="audit", method="loop") == audit
     assert {cell_id.removesuffix("_replay") for cell_id in replays} - {audit.id} == set(loops)
     assert cells_of(stoc_len=[128, 64], gamma=[2, 4], method="replay") == replays
+
+
+def test_each_target_in_sc_has_one_quality_and_all_have_one_text() -> None:
+    """Whatever gamma, the draft and the pair's name are; a float target is what others are measured against."""
+    found, experiment = quality_of(stoc_len=[128, 64], gamma=[2, 4], sc_seed=[0, 1])
+    cells, _ = expand(experiment)
+    assert {cell.id for cell in cells if cell.target.sc is None}.isdisjoint(found)
+    assert {cell.id for cell in cells if cell.target.sc is not None} == set(found)
+    targets = {json.dumps(asdict(cell.target)) for cell in cells if cell.target.sc is not None}
+    assert len({quality.id for quality in found.values()}) == len(targets) == 4  # two lengths, two seeds
+    (text,) = {quality.trajectory for quality in found.values()}
+    assert text.target == Side("big", None, ())
+    assert all(Quality.from_json(quality.to_json()) == quality for quality in found.values())
+
+
+def test_a_text_file_is_part_of_a_quality_and_none_is_measured_if_none_is_wanted(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Some text.")
+    without, _ = quality_of()
+    found, _ = quality_of(quality={"text_file": str(text)})
+    assert {its.text_sha256 for its in found.values()} == {hashlib.sha256(b"Some text.").hexdigest()}
+    assert not {its.id for its in found.values()} & {its.id for its in without.values()}
+    assert quality_of(quality={"enabled": False})[0] == {}
+    with pytest.raises(FileNotFoundError, match=r"^quality\.text_file: 'absent\.txt' cannot be read"):
+        quality_of(quality={"text_file": "absent.txt"})

@@ -105,3 +105,24 @@ rule replay:
     shell:
         "{PYTHON:q} -m scspec replay {params.cell:q} --trajectory {input.trajectory:q}"
         " --predictions {input.predictions:q} --output {output:q} > {log:q} 2>&1"
+
+
+# Of each target in SC, whatever gamma and the draft are.
+rule quality:
+    input:
+        lambda wildcards: ancient(QUALITY[wildcards.quality].manifests()),
+        trajectory=lambda wildcards: QUALITY[wildcards.quality].trajectory.path(),
+    output:
+        "results/quality/{quality}.parquet",
+    log:
+        "results/logs/quality/{quality}.log",
+    wildcard_constraints:
+        quality="[^/]+/[^/]+",
+    threads: EXPERIMENT.threads_per_cell
+    resources:
+        gpus=GPUS,
+    params:
+        quality=lambda wildcards: QUALITY[wildcards.quality].to_json(),
+    shell:
+        "HF_HUB_OFFLINE=1 {PYTHON:q} -m scspec run-quality {params.quality:q} --threads {threads} {COUNTS}"
+        " --trajectory {input.trajectory:q} --output {output:q} > {log:q} 2>&1"

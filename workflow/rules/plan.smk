@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from scspec.cells import expand, manifest_names, plan
+from scspec.cells import expand, manifest_names, plan, qualities
 from scspec.config import REPLAY, load_experiment
 
 # The interpreter that runs Snakemake has scspec; `python` on PATH may not. A global and no `params` of the rules:
@@ -19,7 +19,7 @@ TRAJECTORIES = {
     predictions.trajectory.id: predictions.trajectory for predictions in _predictions
 }
 MODELS = manifest_names(_cells)
-PLAN = json.dumps(plan(EXPERIMENT, _cells, INVALID), indent=1, sort_keys=True) + "\n"
+PLAN = json.dumps(plan(EXPERIMENT, _cells, INVALID, _quality), indent=1, sort_keys=True) + "\n"
 
 # Once, and not again in every job that is a Snakemake of its own.
 if workflow.is_main_process:
