@@ -8,7 +8,7 @@ the row by which a draft takes in its last proposal when all were accepted, at m
 the simulator's cost and never enters.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -198,6 +198,25 @@ def speedup_over_other_length(
     A shorter other length makes it smaller, by the ratio of MAC-cycles a token (or of `pass_cycles` of one row).
     """
     return np.multiply(speedup, other_target_cycles) / own_target_cycles
+
+
+def modelled(summary: pd.DataFrame, metadata: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+    """Return a summary (`stats.summarise`) with what the hardware model makes of each cell, in columns more.
+
+    target_cycles, draft_cycles (MAC-cycles a token), c, speedup_at_once, speedup_in_turn, energy_ratio, and each again
+    with `_with_head` at its end, the LM head included; NaN where a side is not in SC.
+    """
+    costs = [metadata[cell_id]["cost"] for cell_id in summary["cell_id"]]
+    tau, gamma = (summary[name].to_numpy(np.float64) for name in ("tau", "gamma"))
+    columns = {}
+    for lm_head, end in ((False, ""), (True, "_with_head")):
+        for side in ("target", "draft"):
+            cycles = [total_cost(cost[side], "mac_cycles", lm_head=lm_head) for cost in costs]
+            columns[f"{side}_cycles{end}"] = np.array(cycles, np.float64)
+        c = columns[f"c{end}"] = relative_cost(columns[f"draft_cycles{end}"], columns[f"target_cycles{end}"])
+        for model in (speedup_at_once, speedup_in_turn, energy_ratio):
+            columns[f"{model.__name__}{end}"] = model(tau, gamma, c)
+    return summary.assign(**columns)
 
 
 def best_setting(

@@ -222,7 +222,7 @@ def check_alike(path: Path, found: dict[str, Any], other: Path | str, wanted: di
 
 def _cell_metadata(cell: Cell, origin: dict[str, Any], predictions: dict[str, Any]) -> dict[str, Any]:
     """Return the cell's metadata: what both files came from. A replay takes no times."""
-    merged = ("models", "sc_mac_share", "weights_note", "settings")
+    merged = ("models", "sc_mac_share", "cost", "weights_note", "settings")
     return {
         **{name: predictions[name] for name in METADATA_KEYS - {"cell"} | {"sources"}},
         **{name: {**predictions[name], **origin[name]} for name in merged},

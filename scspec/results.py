@@ -26,7 +26,7 @@ METADATA_KEY = b"scspec"
 METADATA_KEYS = frozenset(
     [
         *("schema_version", "cell", "versions", "commit", "dirty", "models", "prompts", "device", "backend"),
-        *("sc_mac_share", "weights_note", "started_at", "wall_time_s"),
+        *("sc_mac_share", "cost", "weights_note", "started_at", "wall_time_s"),
     ]
 )
 

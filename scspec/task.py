@@ -14,7 +14,7 @@ from scspec import provenance
 from scspec.cells import Cell, Side, Trajectory
 from scspec.checkpoint import Checkpoint, FinishedPrompt
 from scspec.decoding import Block, CachedScorer, Conversation, Draws, SamplingConfig, Turn, decode_batch, key_from
-from scspec.hardware import sc_mac_share
+from scspec.hardware import cost_per_token, sc_mac_share
 from scspec.models import check_placement, check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
 from scspec.patching import knobs_of
 from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
@@ -81,6 +81,7 @@ class Task:
             "device": f"{self.spec.device}: {provenance.device_name(self.spec.device)}",
             "backend": self.spec.backend,
             "sc_mac_share": {name: sc_mac_share(model.config) for name, model in self.models.items()},
+            "cost": {name: cost_per_token(model.config) for name, model in self.models.items()},
             "weights_note": {name: manifest["note"] for name, manifest in models.items()},
             "settings": {
                 name: {**knobs_of(self.models[name]), "skip_layers": list(side.skip_layers)}

@@ -158,6 +158,19 @@ def as_blocks(rows):
     return pd.DataFrame(rows, columns=SCHEMA.names).astype(NULLABLE_INTEGERS)
 
 
+def fake_cost(stoc_len):
+    """What a token of SmolLM2-135M costs (`hardware.cost_per_token`), over 256 positions."""
+    macs = {"linear": 106_168_320, "attention": 8_847_360, "lm_head": 28_311_552}
+    return {
+        part: {
+            "macs": count,
+            "mac_cycles": None if stoc_len is None else count * stoc_len,
+            "weight_bytes": None if stoc_len is None else float(count * (part != "attention")),
+        }
+        for part, count in macs.items()
+    }
+
+
 PROCESSORS = {"cpu": "a processor", "cuda": "an accelerator"}
 
 
@@ -192,6 +205,7 @@ def fake_metadata(keys, **changed):
         "device": f"{keys['device']}: {PROCESSORS[keys['device']]}",
         "backend": keys["backend"],
         "sc_mac_share": {side: 0.0 if keys[f"{side}_stoc_len"] is None else 0.79 for side in ("target", "draft")},
+        "cost": {side: fake_cost(keys[f"{side}_stoc_len"]) for side in ("target", "draft")},
         "weights_note": dict.fromkeys(("target", "draft"), "4-bit GGUF, dequantised"),
         "started_at": "2025-11-24T13:00:00+00:00",
         "wall_time_s": 31.4,

@@ -271,7 +271,7 @@ def test_the_schema_knows_the_knobs_of_the_models() -> None:
     [
         ("target", {"preset": "published"}, "batch_invariant=False is not allowed with method: replay; allowed: True"),
         ("draft", {"sc_granularity": "per_row"}, "sc_granularity='per_row' is .*; allowed: 'causal'"),
-        ("target", {"sc_linear_granularity": "per_tensor"}, "sc_linear_granularity='per_tensor' is .*; allowed: 'per_row'"),
+        ("target", {"sc_linear_granularity": "per_tensor"}, "sc_linear_granularity='per_tensor' is .*: 'per_row'"),
     ],
 )
 def test_replay_refuses_scopes_that_look_at_other_tokens(side: str, sc: dict[str, Any], wrong: str) -> None:

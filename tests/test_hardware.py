@@ -17,6 +17,7 @@ from scspec.hardware import (
     cost_per_token,
     energy_ratio,
     macs_per_token,
+    modelled,
     module_macs,
     pass_cycles,
     relative_cost,
@@ -399,6 +400,26 @@ def test_a_floating_point_target_is_not_what_short_streams_are_compared_with():
 def test_a_bound_that_is_none_is_refused(bound):
     with pytest.raises(ValueError, match=f"max_quality_loss={bound}: must be 0 or more"):
         best_setting(TABLE, bound)
+
+
+def test_a_summary_gains_what_its_cells_cost():
+    """A draft half as long costs half, with and without LM head; a skipped layer costs nothing; floats have no cost."""
+    whole, skipped = cost_per_token(smollm2()), cost_per_token(smollm2(layers=15, sc_stoc_len=64))
+    half = cost_per_token(smollm2(sc_stoc_len=64))
+    floating = cost_per_token(smollm2(preset=PRESETS["float"]))
+    pairs = {"half": half, "fewer layers too": skipped, "float": floating}
+    summary = pd.DataFrame({"cell_id": list(pairs), "tau": 2.4, "gamma": 4})
+    found = modelled(summary, {name: {"cost": {"target": whole, "draft": draft}} for name, draft in pairs.items()})
+    found = found.set_index("cell_id")
+    assert found.loc["half", ["c", "c_with_head"]].to_list() == [1 / 2, 1 / 2]
+    assert found.loc["fewer layers too", "c"] == 1 / 4
+    body, head = 128 * (LINEAR + ATTENTION), 128 * LM_HEAD
+    assert found.loc["fewer layers too", "c_with_head"] == close_to((body / 4 + head / 2) / (body + head))
+    assert found.loc["half", "speedup_at_once"] == close_to(2.4 / (4 / 2 + 1))
+    assert found.loc["half", "speedup_in_turn_with_head"] == close_to(2.4 / (4 / 2 + 5))
+    assert found.loc["half", "energy_ratio"] == close_to((4 / 2 + 5) / 2.4)
+    assert found.loc["half", ["target_cycles", "draft_cycles_with_head"]].to_list() == [body, (body + head) / 2]
+    assert found.loc["float"].drop(["tau", "gamma", "target_cycles", "target_cycles_with_head"]).isna().all()
 
 
 def test_the_model_of_hardware_loads_no_torch():
