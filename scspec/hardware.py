@@ -9,13 +9,14 @@ the simulator's cost and never enters.
 """
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from scspec.sc.knobs import stream_spec
+from scspec.sc.knobs import SC_CONFIG_DEFAULTS, deciding_patterns, stream_spec
 from scspec.sc.streams import StreamSpec
 
 #: Cached positions at which attention's share is counted, unless said otherwise.
@@ -70,9 +71,10 @@ def sc_mac_share(config, context_tokens: int = CONTEXT_TOKENS) -> float:
 
 
 def _streams_of(config) -> Callable[[str], StreamSpec]:
-    """Return what tells a module's streams by its name."""
-    streams = stream_spec(config)
-    return lambda module: streams
+    """Return what tells a module's streams by its name: the model's, but where `sc_modules` sets others."""
+    patterns = deciding_patterns(config.sc_modules, module_macs(config))
+    knobs = {name: getattr(config, name) for name in SC_CONFIG_DEFAULTS}
+    return lambda module: stream_spec(SimpleNamespace(**{**knobs, **config.sc_modules.get(patterns.get(module), {})}))
 
 
 def cost_per_token(config, context_tokens: int = CONTEXT_TOKENS) -> dict[str, dict[str, float | None]]:

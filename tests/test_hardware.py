@@ -402,6 +402,13 @@ def test_a_bound_that_is_none_is_refused(bound):
         best_setting(TABLE, bound)
 
 
+def test_modules_with_streams_of_their_own_cost_what_those_do():
+    cost = cost_per_token(smollm2(sc_modules={"*.mlp.*": {"sc_stoc_len": 64}, "*.self_attn": {"sc_prec": 6}}))
+    assert cost["linear"]["mac_cycles"] == 30 * (884_736 * 128 + 2_654_208 * 64)
+    assert cost["attention"]["mac_cycles"] == ATTENTION * 32  # halved: 2**(6 - 1)
+    assert cost["lm_head"]["mac_cycles"] == LM_HEAD * 128
+
+
 def test_a_summary_gains_what_its_cells_cost():
     """A draft half as long costs half, with and without LM head; a skipped layer costs nothing; floats have no cost."""
     whole, skipped = cost_per_token(smollm2()), cost_per_token(smollm2(layers=15, sc_stoc_len=64))

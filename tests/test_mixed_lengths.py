@@ -16,14 +16,14 @@ from scspec.sc.streams import resolve_streams
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 32]])
 ATTENTION, MLP = {"*.self_attn*": {"sc_stoc_len": 48}}, {"*.mlp.*": {"sc_stoc_len": 24, "sc_prec": 6}}
-#: By layer, by kind of module, the products of an attention apart from its projections; the first match decides.
+#: By layer, by kind of module, the products of an attention apart from its projections.
 MIXED = {
     "model.layers.1.*": {"sc_stoc_len": 40},
-    "*.self_attn": {"sc_stoc_len": 200},
-    "*.[qkv]_proj": {"sc_stoc_len": 21, "sc_prec": 5},
-    "*.mlp.*": {"sc_prec": 6},
+    "model.layers.[02].self_attn": {"sc_stoc_len": 200},
+    "model.layers.[02].*.[qkv]_proj": {"sc_stoc_len": 21, "sc_prec": 5},
+    "model.layers.[02].*.o_proj": {"sc_stoc_len": 90},
+    "model.layers.[02].mlp.*": {"sc_prec": 6},
     "lm_head": {"sc_stoc_len": 256},
-    "*": {"sc_stoc_len": 90},
 }
 #: The same for one layer: Triton's interpreter is slow.
 MIXED_LAYER = {pattern: own for pattern, own in MIXED.items() if pattern != "model.layers.1.*"}
@@ -127,13 +127,14 @@ def test_an_override_of_every_module_is_the_global_setting(own):
     assert not torch.equal(found, logits(patched(None, LM_HEAD)))
 
 
-def test_the_first_pattern_that_matches_decides():
+def test_patterns_that_match_one_module_must_agree():
+    """Whatever order they come in: JSON and YAML keep none."""
     first, second = {"*.down_proj": {"sc_stoc_len": 30}}, {"*.mlp.*": {"sc_stoc_len": 60}}
-    model, reordered = patched({**first, **second}), patched({**second, **first})
-    assert not torch.equal(logits(model), logits(reordered))
-    assert torch.equal(logits(reordered), logits(patched(second)))
-    model.config.sc_modules = {**second, **first}  # equal to what it was, but for the order
-    assert torch.equal(logits(model), logits(reordered))
+    for sc_modules in ({**first, **second}, {**second, **first}):
+        with pytest.raises(ValueError, match=r"sc_modules: '.*' and '.*' both match .*\.mlp\.down_proj and set dif"):
+            patched(sc_modules)
+    reordered = patched(dict(reversed(MIXED.items())))
+    assert torch.equal(logits(reordered), logits(patched(MIXED)))
 
 
 def test_published_scopes_take_overrides_too():
@@ -252,7 +253,6 @@ def test_a_wrong_mapping_set_later_leaves_the_model_as_it_was():
 
 def test_the_knob_is_reported():
     assert knobs_of(patched(MIXED))["sc_modules"] == MIXED
-    assert list(knobs_of(patched(MIXED))["sc_modules"]) == list(MIXED)
     assert knobs_of(patched())["sc_modules"] == {}
     found = resolve_knobs({"preset": "published", "sc_modules": MLP})["sc_modules"]
     assert found == MLP
@@ -312,8 +312,8 @@ def test_a_pattern_without_a_module_is_named_before_anything_is_rewired(pattern)
         ),
         ({"*.[qk]_proj": {"sc_stoc_len": 64}}, r"q_proj is set by '\*\.\[qk\]_proj', .*v_proj by None"),
         (
-            {"*.up_proj": {"sc_stoc_len": 64}, "*.mlp.*": {"sc_stoc_len": 32}},
-            r"0\.mlp\.gate_proj is set by '\*\.mlp\.\*', .*up_proj by '\*\.up_proj'; mlp\.gate_proj, mlp\.up_proj s",
+            {"*.up_proj": {"sc_stoc_len": 64}, "*.gate_proj": {"sc_stoc_len": 32}},
+            r"0\.mlp\.gate_proj is set by '\*\.gate_proj', .*up_proj by '\*\.up_proj'; mlp\.gate_proj, mlp\.up_proj s",
         ),
     ],
 )

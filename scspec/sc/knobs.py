@@ -19,8 +19,9 @@ MODULE_KNOBS = ("sc_stoc_len", "sc_prec")
 #: `sc_modules`: {pattern: {"sc_stoc_len": int, "sc_prec": int}}, either or both; what a pattern leaves out is the
 #: model's. Patterns are those of `fnmatch` ("*" matches dots too) over Hugging Face's names: "lm_head",
 #: "model.layers.3.mlp.up_proj"; "model.layers.3.self_attn" stands for both products of that layer's attention, and not
-#: for its projections. The first pattern that matches a module decides. q, k and v of a layer, and its gate and up,
-#: need one setting. Of a model that was loaded without some layers, those that remain count from 0 in these names.
+#: for its projections. Patterns that match one module must agree, since a mapping has no order. q, k and v of a layer,
+#: and its gate and up, need one setting. Of a model that was loaded without some layers, those that remain count from 0
+#: in these names.
 SC_CONFIG_DEFAULTS = {
     "use_sc_attn": True,
     "use_sc_linear": True,
@@ -85,14 +86,14 @@ def stream_spec(knobs) -> StreamSpec:
 
 
 def frozen_modules(sc_modules: dict) -> tuple[tuple[str, tuple], ...]:
-    """Return `sc_modules` as a value: (pattern, items of what it sets) in the order of the patterns, which matters."""
-    return tuple((pattern, tuple(sorted(override.items()))) for pattern, override in sc_modules.items())
+    """Return `sc_modules` as a value: (pattern, items of what it sets), sorted."""
+    return tuple(sorted((pattern, tuple(sorted(override.items()))) for pattern, override in sc_modules.items()))
 
 
 def deciding_patterns(sc_modules: dict, names: Iterable[str]) -> dict[str, str]:
-    """Return {name: the first pattern that matches it}, without the names that none matches.
+    """Return {name: a pattern that matches it}, without the names that none matches.
 
-    Raises ValueError naming a pattern that matches no name.
+    Raises ValueError naming a pattern that matches no name, or two that match one and set different values.
     """
     names, found = list(names), {}
     for pattern in sc_modules:
@@ -100,7 +101,10 @@ def deciding_patterns(sc_modules: dict, names: Iterable[str]) -> dict[str, str]:
         if not matched:
             raise ValueError(f"sc_modules: {pattern!r} matches no module; names are {names[0]!r} to {names[-1]!r}")
         for name in matched:
-            found.setdefault(name, pattern)
+            other = found.setdefault(name, pattern)
+            if sc_modules[other] != sc_modules[pattern]:
+                both = f"{other!r} and {pattern!r} both match {name}"
+                raise ValueError(f"sc_modules: {both} and set different values; allowed: patterns that agree there")
     return found
 
 
