@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,8 @@ import pytest
 from tiny import tiny_cells
 
 from scspec import provenance
-from scspec.cells import GREEDY, Cell, Predictions, Trajectory
+from scspec.cells import GREEDY, Cell, Predictions, Trajectory, expand
+from scspec.config import load_experiment, read_config
 from scspec.replay import Text, blocks_of, replay_cell, run_predictions, run_trajectory
 from scspec.results import check_identities, read_cell
 from scspec.run import run_cell
@@ -51,7 +53,7 @@ def run_replay(cell: Cell, folder, **counts):
 
 
 def run_loop(cell: Cell, folder):
-    run_cell(cell, cell.path(folder))
+    run_cell(cell, cell.path(folder), threads=2)  # changes no result
     return read_cell(cell.path(folder))
 
 
@@ -232,3 +234,52 @@ def test_loops_run_and_replays_derive(cells, derived, tmp_path):
         run_cell(cell, tmp_path / "cell.parquet")
     with pytest.raises(ValueError, match="method='loop'"):
         replay_cell(cells["sc_sc"], trajectory, predictions, tmp_path / "cell.parquet")
+
+
+# Real weights.
+
+REPOSITORY = Path(__file__).parents[1]
+QUESTIONS = [
+    *(
+        "Name three colours.",
+        "What is 7 times 8?",
+        "Write a line of Python that prints 1.",
+        "Translate to French: dog.",
+    ),
+    *("Who wrote Hamlet?", "Give a synonym of fast.", "Is the sun a star?", "Count from one to five."),
+]
+PAIRS = {
+    "shorter": ("smollm2-shorter", "sc_sc"),
+    "skip": ("smollm2-skip", "sc_sc"),
+    "identity": ("smollm2-skip", "identity"),
+}
+
+
+def smollm2_cell(folder, pair: str, gamma: int, *, prompts: int, max_new_tokens: int) -> Cell:
+    prompt_file = folder / "prompts.jsonl"
+    rows = [{"question_id": f"q{number}", "turns": [text]} for number, text in enumerate(QUESTIONS[:prompts])]
+    prompt_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = read_config(REPOSITORY / "config.yaml")
+    axes = {"stoc_len": [128], "gamma": [gamma], "controls": {"stoc_len": [128], "gamma": [gamma]}}
+    cells, _ = expand(load_experiment({**config, **axes, "prompt_file": str(prompt_file), "prompt_limit": None}))
+    name, arm = PAIRS[pair]
+    cell = next(cell for cell in cells if (cell.pair, cell.arm) == (name, arm))
+    return dataclasses.replace(cell, max_new_tokens=max_new_tokens)
+
+
+def test_smollm2_replayed_is_the_loop_block_by_block(tmp_path):
+    cell = smollm2_cell(tmp_path, "shorter", 4, prompts=2, max_new_tokens=8)
+    (loop, _), (replay, _) = run_loop(cell, tmp_path), run_replay(as_replay(cell), tmp_path)
+    assert_replays(loop, replay)
+    assert (loop["accepted"] < 4).sum() > 0
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("pair", PAIRS)
+def test_smollm2_replayed_is_the_loop_block_by_block_full(tmp_path, pair):
+    for gamma in range(1, 9):
+        cell = smollm2_cell(tmp_path, pair, gamma, prompts=8, max_new_tokens=16)
+        (loop, _), (replay, _) = run_loop(cell, tmp_path), run_replay(as_replay(cell), tmp_path)
+        assert loop["prompt_id"].nunique() == 8
+        assert_replays(loop, replay)
+        assert (pair == "identity") == (loop["accepted"] == gamma).all()

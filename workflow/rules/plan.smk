@@ -19,7 +19,10 @@ TRAJECTORIES = {
     predictions.trajectory.id: predictions.trajectory for predictions in _predictions
 }
 MODELS = manifest_names(_cells)
-PLAN = json.dumps(plan(EXPERIMENT, _cells, INVALID, _quality), indent=1, sort_keys=True) + "\n"
+PLAN = (
+    json.dumps(plan(EXPERIMENT, _cells, INVALID, _quality), indent=1, sort_keys=True)
+    + "\n"
+)
 
 # Once, and not again in every job that is a Snakemake of its own.
 if workflow.is_main_process:
