@@ -17,7 +17,7 @@ RULES = [
     ("config.py", {"torch", "transformers"}),
     ("cells.py", {"torch", "transformers"}),
     ("prompts.py", {"torch", "transformers"}),
-    ("stats.py", {"torch", "transformers", "altair"}),
+    ("stats/*.py", {"torch", "transformers", "altair", "scspec.quality"}),
     ("results.py", {"torch", "transformers", "altair"}),
     ("checkpoint.py", {"torch", "transformers", "scspec.decoding", "scspec.cells"}),
 ]

@@ -1,0 +1,76 @@
+"""Tables of blocks -> estimates with intervals (DESIGN section 4).
+
+    sums.py       blocks -> sums over the blocks of a prompt; the estimators, functions of sums
+    bootstrap.py  draws of prompts, and the sums of many cells under them
+    intervals.py  an estimate and its resamples -> bounds, and what kind they are of
+    cells.py      estimates of single cells: whole, by position, by category
+    joint.py      cells resampled jointly: which may be, and alpha and tau of each under the same draws
+    pairs.py      differences between two cells that share their prompts
+    seeds.py      cells that differ in their SC seeds only, pooled
+
+Not covered here: quality of the target, replay, the hardware model.
+"""
+
+from scspec.stats.bootstrap import MIN_PROMPTS, MIN_PROMPTS_PER_STRATUM
+from scspec.stats.cells import (
+    CATEGORY_COLUMNS,
+    PLATFORM_COLUMNS,
+    POSITION_COLUMNS,
+    SUMMARY_COLUMNS,
+    by_category,
+    positions,
+    summarise,
+    with_platforms,
+)
+from scspec.stats.intervals import BOOTSTRAP, INTERVAL_LEVEL, NO_INTERVAL, ONE_SIDED, UNANIMOUS, one_sided_share
+from scspec.stats.pairs import DIFFERENCE_COLUMNS, paired_differences
+from scspec.stats.seeds import POOLED_COLUMNS, pool_seeds
+from scspec.stats.sums import (
+    ESTIMATES,
+    TIMES,
+    Sums,
+    acceptance_rate,
+    alpha,
+    alpha_evaluated,
+    position_alphas,
+    predicted_tau,
+    prompt_sums,
+    survival,
+    tau,
+    tokens_per_s,
+)
+
+__all__ = [
+    "BOOTSTRAP",
+    "CATEGORY_COLUMNS",
+    "DIFFERENCE_COLUMNS",
+    "ESTIMATES",
+    "INTERVAL_LEVEL",
+    "MIN_PROMPTS",
+    "MIN_PROMPTS_PER_STRATUM",
+    "NO_INTERVAL",
+    "ONE_SIDED",
+    "PLATFORM_COLUMNS",
+    "POOLED_COLUMNS",
+    "POSITION_COLUMNS",
+    "SUMMARY_COLUMNS",
+    "TIMES",
+    "UNANIMOUS",
+    "Sums",
+    "acceptance_rate",
+    "alpha",
+    "alpha_evaluated",
+    "by_category",
+    "one_sided_share",
+    "paired_differences",
+    "pool_seeds",
+    "position_alphas",
+    "positions",
+    "predicted_tau",
+    "prompt_sums",
+    "summarise",
+    "survival",
+    "tau",
+    "tokens_per_s",
+    "with_platforms",
+]

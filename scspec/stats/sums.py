@@ -1,0 +1,138 @@
+"""Blocks -> `Sums`, and the estimates that are functions of them (DESIGN section 4)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from scspec.results import padded
+
+TIMES = ("draft_time_s", "verify_time_s")
+RESAMPLED = ("beta_sum", "beta_count")  # what intervals need, beside the sums of each position
+SUMS = [
+    *(*RESAMPLED, "evaluated_sum", "evaluated_count"),
+    *("accepted", "proposed", "blocks", "tokens", *TIMES),
+]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over blocks: a leading axis of quantities, then any axes: cells, and prompts or resamples.
+
+    columns: (len(SUMS), ...), of resampled sums (len(RESAMPLED), ...); at_risk, succeeded: (gamma, ...), blocks that
+    emitted at least i tokens, and those of them that accepted at least i proposals, i = 1..gamma.
+    """
+
+    columns: np.ndarray
+    at_risk: np.ndarray
+    succeeded: np.ndarray
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.columns[SUMS.index(name)]
+
+    def total(self) -> "Sums":
+        """Sums over the last axis, the prompts."""
+        return Sums(self.columns.sum(axis=-1), self.at_risk.sum(axis=-1), self.succeeded.sum(axis=-1))
+
+    def resampled(self, draws: np.ndarray) -> "Sums":
+        """Sums with prompt n counted draws[r, n] times: the last axis becomes that of the resamples r."""
+        parts = (self.columns[: len(RESAMPLED)], self.at_risk, self.succeeded)
+        return Sums(*(np.tensordot(part, draws, axes=(-1, -1)) for part in parts))
+
+
+def alpha(sums: Sums) -> np.ndarray:
+    """Mean beta over every emitted position, the bonus position included; estimates one number, whatever gamma is."""
+    return sums["beta_sum"] / sums["beta_count"]
+
+
+def alpha_evaluated(sums: Sums) -> np.ndarray:
+    """Mean beta without the bonus positions (in-block index <= gamma): depends on gamma, shown second."""
+    return sums["evaluated_sum"] / sums["evaluated_count"]
+
+
+def position_alphas(sums: Sums) -> np.ndarray:
+    """alpha_i, (gamma, ...): of the blocks that emitted at least i tokens, the share that accepted at least i.
+
+    A block that EOS cut before i says nothing about i and is not at risk there. NaN where no block is at risk.
+    """
+    unknown = np.full(sums.at_risk.shape, np.nan)
+    return np.divide(sums.succeeded, sums.at_risk, out=unknown, where=sums.at_risk > 0)
+
+
+def survival(sums: Sums) -> np.ndarray:
+    """P(accepted >= i), (gamma, ...): prod_{j<=i} alpha_j. 0 behind an i at which acceptance died out; else NaN behind
+    one where no block is at risk."""
+    alphas = position_alphas(sums)
+    died_out = np.logical_or.accumulate(alphas == 0, axis=0)
+    return np.cumprod(np.where(died_out & np.isnan(alphas), 0.0, alphas), axis=0)
+
+
+def tau(sums: Sums) -> np.ndarray:
+    """Block efficiency: emitted tokens per target pass, 1 + sum_i P(accepted >= i) (DESIGN 4)."""
+    return 1 + survival(sums).sum(axis=0)
+
+
+def predicted_tau(alpha: np.ndarray | float, gamma: int) -> np.ndarray:
+    """(1 - alpha**(gamma + 1)) / (1 - alpha), gamma + 1 at alpha 1: tau if agreement were independent between
+    positions. Source: Leviathan et al. 2023 (arXiv 2211.17192), equation 1."""
+    return np.sum(np.asarray(alpha)[..., None] ** np.arange(gamma + 1), axis=-1)
+
+
+def acceptance_rate(sums: Sums) -> np.ndarray:
+    """Accepted / proposed proposals: falls with gamma by construction, never to be compared across gamma."""
+    return sums["accepted"] / sums["proposed"]
+
+
+def tokens_per_s(sums: Sums) -> np.ndarray:
+    """Kept tokens per second of draft and verify wall time (the simulator's speed); NaN where times are 0 or null."""
+    time_s = sums["draft_time_s"] + sums["verify_time_s"]
+    return np.divide(sums["tokens"], time_s, out=np.full(time_s.shape, np.nan), where=time_s > 0)
+
+
+ESTIMATES = {
+    "alpha": alpha,
+    "alpha_evaluated": alpha_evaluated,
+    "tau": tau,
+    "acceptance_rate": acceptance_rate,
+    "tokens_per_s": tokens_per_s,
+}
+
+
+def _block_sums(blocks: pd.DataFrame) -> pd.DataFrame:
+    """A row per block with the columns of SUMS and at_risk_i, succeeded_i for i = 1..the largest gamma, each times
+    the block's weight."""
+    emitted = blocks["beta"].map(len).to_numpy()
+    gamma, accepted = blocks["gamma"].to_numpy(), blocks["accepted"].to_numpy()
+    beta = padded(blocks["beta"], 0.0)
+    evaluated = np.arange(beta.shape[1]) < gamma[:, None]  # not the bonus position
+    sums = {
+        "beta_sum": beta.sum(axis=1),
+        "beta_count": emitted,
+        "evaluated_sum": (beta * evaluated).sum(axis=1),
+        "evaluated_count": np.minimum(emitted, gamma),
+        "accepted": accepted,
+        "proposed": gamma,
+        "blocks": np.ones(len(blocks)),
+        "tokens": blocks["kept"].to_numpy(),
+        "draft_time_s": blocks["draft_time_s"].to_numpy(),
+        "verify_time_s": blocks["verify_time_s"].to_numpy(),
+    }
+    for i in range(1, gamma.max() + 1):
+        sums[f"at_risk_{i}"] = emitted >= i
+        sums[f"succeeded_{i}"] = (emitted >= i) & (accepted >= i)
+    return pd.DataFrame(sums, dtype=np.float64).mul(blocks["weight"].to_numpy(), axis=0)
+
+
+def prompt_sums(blocks: pd.DataFrame) -> pd.DataFrame:
+    """Sums per (cell_id, category, prompt_id), the turns of a prompt together, in that order of the index.
+
+    Times are NaN where no block of the prompt has one, as in replayed cells."""
+    keys = ["cell_id", "category", "prompt_id"]
+    per_block = pd.concat([blocks[keys].reset_index(drop=True), _block_sums(blocks)], axis=1)
+    return per_block.groupby(keys, sort=True, observed=True).sum(min_count=1)
+
+
+def sums_of(names: pd.Index, values: np.ndarray, gamma: int) -> Sums:
+    """`Sums` of the columns of `prompt_sums`, which lie along the first axis."""
+    at = {name: [names.get_loc(f"{name}_{i}") for i in range(1, gamma + 1)] for name in ("at_risk", "succeeded")}
+    return Sums(values[: len(SUMS)], **{name: values[rows] for name, rows in at.items()})
