@@ -1,4 +1,4 @@
-"""Tables of blocks -> estimates with intervals (DESIGN section 4).
+"""Tables of blocks -> estimates with intervals (DESIGN section 4); tables of texts -> quality of the target.
 
     sums.py       blocks -> sums over the blocks of a prompt; the estimators, functions of sums
     bootstrap.py  draws of prompts, and the sums of many cells under them
@@ -7,8 +7,9 @@
     joint.py      cells resampled jointly: which may be, and alpha and tau of each under the same draws
     pairs.py      differences between two cells that share their prompts
     seeds.py      cells that differ in their SC seeds only, pooled
+    quality.py    perplexity of a target in SC, and its distance from itself in floating point
 
-Not covered here: quality of the target, replay, the hardware model.
+Not covered here: replay, the hardware model.
 """
 
 from scspec.stats.bootstrap import MIN_PROMPTS, MIN_PROMPTS_PER_STRATUM
@@ -24,6 +25,7 @@ from scspec.stats.cells import (
 )
 from scspec.stats.intervals import BOOTSTRAP, INTERVAL_LEVEL, NO_INTERVAL, ONE_SIDED, UNANIMOUS, one_sided_share
 from scspec.stats.pairs import DIFFERENCE_COLUMNS, paired_differences
+from scspec.stats.quality import QUALITY_COLUMNS, summarise_quality
 from scspec.stats.seeds import POOLED_COLUMNS, pool_seeds
 from scspec.stats.sums import (
     ESTIMATES,
@@ -53,6 +55,7 @@ __all__ = [
     "PLATFORM_COLUMNS",
     "POOLED_COLUMNS",
     "POSITION_COLUMNS",
+    "QUALITY_COLUMNS",
     "SUMMARY_COLUMNS",
     "TIMES",
     "UNANIMOUS",
@@ -69,6 +72,7 @@ __all__ = [
     "predicted_tau",
     "prompt_sums",
     "summarise",
+    "summarise_quality",
     "survival",
     "tau",
     "tokens_per_s",
