@@ -3,10 +3,10 @@
 Not here: cells that share a GPU (test_gpus.py); runs that read each other's partial files (test_checkpoint.py).
 """
 
+import re
 import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pandas as pd
@@ -79,26 +79,29 @@ def test_two_processes_that_write_one_cell_at_a_time_both_succeed(
     assert_whole(project, undisturbed)
 
 
-def test_two_clones_whose_results_are_one_folder_both_finish(undisturbed: Project, tmp_path: Path) -> None:
-    """Both build the same cell side by side. A file that a crash left under a temporary name is no cell.
-
-    Not covered: one that begins a cell when the other has finished it. Snakemake deletes the file first.
-    """
-    clones = [undisturbed.copy(tmp_path / name) for name in ("one", "other")]
-    shutil.move(clones[0].folder / "results", tmp_path / "shared")
-    shutil.rmtree(clones[1].folder / "results")
+def test_a_second_clone_on_one_results_folder_is_refused_and_runs_when_the_first_has_ended(
+    undisturbed: Project, tmp_path: Path
+) -> None:
+    """Snakemake alone would delete what the other has just finished. A file that a crash left hidden is no cell."""
+    clones = one, other = [undisturbed.copy(tmp_path / name) for name in ("one", "other")]
+    shutil.move(one.folder / "results", tmp_path / "shared")
+    shutil.rmtree(other.folder / "results")
     for clone in clones:
         (clone.folder / "results").symlink_to(tmp_path / "shared")
-        clone.hold(prompts=1)
-    left = clones[0].cell.parent / f".{clones[0].cell.name}.1.a.tmp"
+    left = one.cell.parent / f".{one.cell.name}.1.a.tmp"
     left.parent.mkdir(parents=True)
     shutil.copy(undisturbed.cell, left)
-    with ExitStack() as stack:
-        runs = [stack.enter_context(clone.running(profile=HERE)) for clone in clones]
-        wait(lambda: clones[0].kept() == 2, 120)
-        for clone in clones:
-            clone.release()
-        for run in runs:
-            assert "1 of 1 steps (100%) done" in run.messages()
+    one.hold(prompts=1)
+    with one.running(profile=HERE) as first:
+        wait(lambda: one.kept() == 1, 120)
+        refused = other.run(profile=HERE, status=1)
+        said = rf"^results: in use by .+, process {first.process.pid} in {one.folder}; allowed: one Snakemake at a time"
+        assert re.search(said, refused, re.MULTILINE), refused
+        assert one.kept() == 1
+        one.release()
+        first.messages()
     left.unlink()
-    assert_whole(clones[0], undisturbed)
+    assert_whole(one, undisturbed)
+    before = one.cell.stat().st_mtime_ns
+    assert "Nothing to be done" in other.run(profile=HERE)
+    assert one.cell.stat().st_mtime_ns == before

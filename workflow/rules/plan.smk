@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scspec.cells import expand, manifest_names, plan, qualities
 from scspec.config import REPLAY, load_experiment
+from scspec.locks import hold_folder
 
 # The interpreter that runs Snakemake has scspec; `python` on PATH may not. A global and no `params` of the rules:
 # Snakemake compares params, and the same results folder may be used from another environment.
@@ -14,9 +15,11 @@ EXPERIMENT = load_experiment(config)
 _cells, INVALID = expand(EXPERIMENT)
 CELLS = {cell.id: cell for cell in _cells}
 _predictions = [cell.predictions() for cell in _cells if cell.method == REPLAY]
-PREDICTIONS = {predictions.id: predictions for predictions in _predictions}
+_quality = qualities(EXPERIMENT, _cells)
+PREDICTIONS = {its.id: its for its in _predictions}
+QUALITY = {its.id: its for its in _quality.values()}
 TRAJECTORIES = {
-    predictions.trajectory.id: predictions.trajectory for predictions in _predictions
+    its.trajectory.id: its.trajectory for its in (*_predictions, *QUALITY.values())
 }
 MODELS = manifest_names(_cells)
 PLAN = (
@@ -26,6 +29,10 @@ PLAN = (
 
 # Once, and not again in every job that is a Snakemake of its own.
 if workflow.is_main_process:
+
+    onstart:
+        hold_folder(Path("results"))
+
     for combination in INVALID:
         print(f"invalid combination, not run: {combination}", file=sys.stderr)
 
