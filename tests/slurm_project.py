@@ -70,6 +70,7 @@ def make_project(folder: Path) -> "Project":
         "max_new_tokens": 8,
         "sampling": {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
         "controls": {"enabled": False},
+        "quality": {"enabled": False},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return Project(folder)

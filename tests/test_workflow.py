@@ -47,6 +47,31 @@ def run_cell(cell, output, *, threads, prompts_per_batch, gpus):
         raise RuntimeError("the stub was told to fail")
     output.write_text(cell.to_json())
 """,
+    "replay.py": """
+from scspec import note
+
+def run_trajectory(trajectory, output, *, threads, prompts_per_batch, gpus):
+    note(f"text {trajectory.id}")
+    output.write_text("text")
+
+def run_predictions(predictions, trajectory_path, output, *, threads, gpus):
+    note(f"predictions {predictions.id}")
+    assert trajectory_path.read_text() == "text"
+    output.write_text("predictions")
+
+def replay_cell(cell, trajectory_path, predictions_path, output):
+    note(cell.id)
+    assert (trajectory_path.read_text(), predictions_path.read_text()) == ("text", "predictions")
+    output.write_text("cell")
+""",
+    "quality.py": """
+from scspec import note
+
+def run_quality(quality, trajectory_path, output, *, threads, gpus):
+    note(f"quality {quality.id}")
+    assert trajectory_path.read_text() == "text"
+    output.write_text("quality")
+""",
     "models.py": """
 from scspec import note
 
@@ -76,6 +101,7 @@ CONFIG = {
     "prompt_file": "prompts.jsonl",
     "prompts_per_batch": 2,
     "controls": {"arms": ["float_float", "identity"]},
+    "quality": {"enabled": False},
 }
 GRID = ["tiny/sc_sc/L8_d6_p8_g2_s0_n0", "tiny/sc_sc/L8_d4_p8_g2_s0_n0"]
 CONTROLS = ["tiny/float_float/Lf_df_pf_g2_s0_nf", "tiny/identity/L8_d8_p8_g2_s0_n0"]
@@ -145,7 +171,8 @@ def test_a_first_run_builds_everything_once(first_run: tuple[Path, Counter, str]
     assert [cell["id"] for cell in plan["cells"]] == CELLS
     paths = [f"results/cells/{cell}.parquet" for cell in CELLS]
     for cell, path in zip(plan["cells"], paths, strict=True):
-        assert json.loads((folder / path).read_text()) == {k: v for k, v in cell.items() if k != "path"}
+        written = json.loads((folder / path).read_text())
+        assert written == {name: cell[name] for name in cell if name not in ("path", "quality")}
         assert (folder / "results" / "logs" / f"{cell['id']}.log").exists()
     assert (folder / "reports" / "index.html").read_text().split() == paths
     assert json.loads((folder / "results" / "models" / "a--b.json").read_text()) == {"name": "a/b"}
@@ -215,6 +242,33 @@ def test_as_many_cells_run_at_a_time_as_the_machines_gpus_have_room_for(built: W
     assert built.run("--forceall", **two)[0]["together"]
     built.configure(device="cuda", backend="cuda", cells_per_gpu=2)
     assert built.run("--forceall", **one)[0]["together"]
+
+
+def test_replayed_cells_share_texts_and_predictions_and_one_is_a_loop(built: Workflow) -> None:
+    built.configure(method="replay", gamma=[2, 4])
+    calls, _ = built.run()
+    kinds = Counter(call.split()[0] if " " in call else "cell" for call in calls.elements())
+    assert kinds == {"text": 2, "predictions": 4, "cell": 4 * 2 + 1 + 1}  # targets; drafts; cells, audit and report
+    assert max(calls.values()) == 1
+    (audit,) = [call for call in calls if "/audit/" in call]
+    derived = f"{audit.replace('/audit/', '/sc_sc/')}_replay"
+    assert derived in calls
+    assert not built.run()[0]
+    (built.folder / "results" / "cells" / f"{derived}.parquet").unlink()
+    assert built.run()[0] == Counter([derived, "report"])
+    built.configure(method="replay", gamma=[2, 4, 8])
+    added = {call for call in built.run()[0] if "_g8_" not in call and "/audit/" not in call}
+    assert added == {"report"}  # what a gamma more asks of no model
+
+
+def test_quality_is_measured_once_for_each_target_whatever_gamma_is(built: Workflow) -> None:
+    built.configure(quality={"enabled": True}, gamma=[2])
+    kinds = Counter(call.split()[0] for call in built.run()[0])
+    assert kinds == {"text": 1, "quality": 1, "report": 1}
+    built.configure(quality={"enabled": True}, gamma=[2, 4], stoc_len=[8, 16])
+    calls = built.run()[0]
+    assert Counter(call.split()[0] for call in calls if " " in call) == {"quality": 1}
+    assert "report" in calls
 
 
 def test_a_failed_cell_stops_no_other_and_its_log_is_named(built: Workflow) -> None:

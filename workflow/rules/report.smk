@@ -5,6 +5,7 @@
 rule report:
     input:
         cells=[cell.path() for cell in CELLS.values()],
+        quality=[its.path() for its in QUALITY.values()],
         plan="results/plan.json",
     output:
         html="reports/index.html",
