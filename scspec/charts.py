@@ -1,10 +1,11 @@
 """Summaries (`stats.summarise`) -> Altair charts, without colours for text and grid: those are in THEMES, one of
 which the page picks when it draws.
 
-Not covered: heatmaps, acceptance by position or category, the hardware model.
+Not covered: heatmaps, acceptance by position or category.
 """
 
 import json
+from collections.abc import Iterable
 from fractions import Fraction
 from math import ceil
 
@@ -206,8 +207,11 @@ def _curve_layers(table: pd.DataFrame, drafts: list[str], quantity: str, interva
     return [lines, bars, points]
 
 
-def _curves(cells: pd.DataFrame, quantity: str, interval: str, y: dict, *references: alt.Chart) -> alt.FacetChart:
-    """`quantity` per length with its bounds, a colour per draft, a panel per gamma; `references` behind."""
+def _curves(
+    cells: pd.DataFrame, quantity: str, interval: str, y: dict, *references: alt.Chart, more: Iterable[str] = ()
+) -> alt.FacetChart:
+    """`quantity` per length with its bounds, a colour per draft, a panel per gamma; `references` behind, which may need
+    `more` columns."""
     _one_kind(cells)
     table, drafts, panels = _curve_table(cells)
     layers = _curve_layers(table, drafts, quantity, interval, y)
@@ -215,7 +219,7 @@ def _curves(cells: pd.DataFrame, quantity: str, interval: str, y: dict, *referen
     columns = ceil(gammas / ceil(gammas / 4))  # at most four, and rows as equal as they can be
     layered = alt.layer(*references, *layers).properties(width=290 if columns < 4 else 235, height=240)
     fields = {*_TOOLTIP_FIELDS, "x", "draft", "streams", "curve", "panel", "ceiling", interval}
-    fields |= {f"{quantity}_lo", f"{quantity}_hi"}
+    fields |= {quantity, f"{quantity}_lo", f"{quantity}_hi", *more}
     data = alt.InlineData(values=_records(table[sorted(fields)]))
     facet = alt.Facet("panel:N", sort=panels, header=alt.Header(title=None))
     chart = layered.facet(facet, columns=columns, data=data)
@@ -239,6 +243,53 @@ def tau_chart(cells: pd.DataFrame) -> alt.FacetChart:
     return _curves(cells, "tau", "tau_interval", y, ceiling).properties(
         description=_description("Block efficiency tau", cells)
     )
+
+
+_HARDWARE = {
+    "speedup_at_once": "modelled speedup, all rows at once",
+    "speedup_in_turn": "modelled speedup, row after row",
+    "energy_ratio": "modelled energy per token",
+    "c": "c (a draft token in target tokens)",
+}
+
+
+def speedup_chart(cells: pd.DataFrame) -> alt.FacetChart:
+    """The modelled speedups over plain decoding at the same target length, from summary rows (`hardware.modelled`) of
+    one pair, as `alpha_chart`: filled where the array holds all rows at once, hollow where they take turns; the line is
+    at 1, where speculation gains nothing. Intervals are tau's."""
+    per_tau = cells["speedup_at_once"] / cells["tau"]
+    scaled = {f"speedup_at_once_{end}": per_tau * cells[f"tau_{end}"] for end in ("lo", "hi")}
+    y = {"title": "speedup over plain decoding", "scale": alt.Scale(zero=True)}
+    even = alt.Chart().mark_rule(strokeDash=[5, 4], strokeWidth=1).encode(y=alt.datum(1, **y))
+    lengths = sorted(int(length) for length in cells["stoc_len"].unique())
+    tooltip = [*_TOOLTIP, *(alt.Tooltip(f"{name}:Q", title=title, format=".3f") for name, title in _HARDWARE.items())]
+    in_turn = alt.Chart().mark_point(filled=False, size=55, shape="triangle-down", strokeWidth=1.5)
+    in_turn = in_turn.encode(x=_x_axis(lengths), y=alt.Y("speedup_in_turn:Q", **y), color="draft:N", tooltip=tooltip)
+    chart = _curves(cells.assign(**scaled), "speedup_at_once", "tau_interval", y, even, in_turn, more=_HARDWARE)
+    return chart.properties(description=_description("Modelled speedup", cells))
+
+
+def quality_chart(cells: pd.DataFrame) -> alt.LayerChart:
+    """alpha against what SC costs the target, quality_loss, from summary rows of one pair whose targets' quality is
+    known; each point says its target's stoc_len. Raises ValueError as `alpha_chart` does."""
+    _one_kind(cells)
+    table, drafts, _ = _curve_table(cells)
+    tooltip = [*_TOOLTIP, alt.Tooltip("quality_loss:Q", title="rise of the target's perplexity", format=".1%")]
+    tooltip += [alt.Tooltip(f"{name}:Q", title=name.replace("_", " "), format=".3f") for name in _QUALITY]
+    title = "rise of the target's perplexity over its floating point"
+    x = alt.X("quality_loss:Q", title=title, axis=alt.Axis(format="%"))
+    y = alt.Y("alpha:Q", title=_alpha_title(cells), scale=alt.Scale(domain=[0, 1]))
+    color = alt.Color("draft:N", title="draft's streams", sort=drafts, scale=alt.Scale(domain=drafts))
+    base = alt.Chart().encode(x=x, y=y)
+    points = base.mark_circle(size=75, opacity=1).encode(color=color, tooltip=tooltip)
+    labels = base.mark_text(dx=9, align="left", fontSize=10).encode(text="target_stoc_len:N")
+    fields = sorted({*_TOOLTIP_FIELDS, "draft", "quality_loss", *_QUALITY})
+    chart = alt.layer(points, labels, data=alt.InlineData(values=_records(table[fields])))
+    chart = chart.properties(width=520, height=260).configure_legend(orient="top", direction="horizontal", columns=3)
+    return chart.properties(description=f"Acceptance alpha against the target's quality, {_subject(cells)}")
+
+
+_QUALITY = ("perplexity", "float_perplexity", "target_tv", "target_kl")
 
 
 def _alpha_title(cells: pd.DataFrame) -> str:

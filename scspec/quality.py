@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from scspec.cells import Quality
 from scspec.checkpoint import FinishedPrompt
@@ -19,21 +18,12 @@ from scspec.decoding import CachedScorer
 from scspec.prompts import Prompt, file_sha256
 from scspec.provenance import sha256_of
 from scspec.replay import check_alike, read_trajectory, teacher_forced
-from scspec.results import METADATA_KEYS, write_rows
+from scspec.results import QUALITY_KEYS, QUALITY_SCHEMA, write_rows
 from scspec.task import Save, Task
 
 CONTINUATIONS, TEXT_FILE = "continuations", "text_file"
 #: Tokens of a text file that are scored with one context: the first of each window is only read.
 WINDOW_TOKENS = 512
-
-#: A row per text. `tokens` are scored; `nll`, `float_nll`: the negative log-likelihood of the target in SC and in
-#: floating point, in nats; `tv`: total variation; `kl`: KL(float || SC), in nats; all summed over the tokens.
-SCHEMA = pa.schema(
-    [pa.field(name, pa.string(), False) for name in ("source", "text_id", "category")]
-    + [pa.field("tokens", pa.int32(), False)]
-    + [pa.field(name, pa.float64(), False) for name in ("nll", "float_nll", "tv", "kl")]
-)
-METADATA = METADATA_KEYS - {"cell"} | {"sources", "settings", "quality", "trajectory_file_sha256"}
 
 
 def run_quality(quality: Quality, trajectory_path: Path, output: Path, *, threads: int = 1, gpus: int = 1) -> None:
@@ -62,7 +52,7 @@ def run_quality(quality: Quality, trajectory_path: Path, output: Path, *, thread
     finished, metadata = task.complete(metadata, score)
     rows = [row for prompt in finished for row in prompt.rows]
     rows += [_window_row(scorers, number, window) for number, window in enumerate(windows)]
-    write_rows(output, rows, metadata, SCHEMA, METADATA)
+    write_rows(output, rows, metadata, QUALITY_SCHEMA, QUALITY_KEYS)
     task.began.remove()
 
 
@@ -104,7 +94,7 @@ def _window_row(scorers: list[CachedScorer], number: int, ids: np.ndarray) -> di
 def score_text(
     target: CachedScorer, float_target: CachedScorer, prompt_ids: np.ndarray, text_ids: np.ndarray
 ) -> dict[str, Any]:
-    """Return the sums over the tokens of a text (n,) after a prompt (m,), as columns of SCHEMA."""
+    """Return the sums over the tokens of a text (n,) after a prompt (m,), as columns of QUALITY_SCHEMA."""
     sums, ids = np.zeros(4), iter(text_ids)
     passes = (teacher_forced(scorer, prompt_ids, text_ids) for scorer in (target, float_target))
     for pair in zip(*passes, strict=True):

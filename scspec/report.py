@@ -3,7 +3,7 @@
 The page holds its own JavaScript (Vega, once) and forbids itself every request, so it opens from a file share.
 Text from prompts, models and files reaches it escaped: in HTML by the template, in JSON with < > & as \\u escapes.
 Cells of different platforms (device, dtype, backend) share no chart, table or verdict.
-Not covered: a page per pair or cell, hardware estimates, quality of the target.
+Not covered: a page per pair or cell.
 """
 
 import hashlib
@@ -32,15 +32,23 @@ from scspec.charts import (
     draft_labels,
     interval_text,
     number,
+    quality_chart,
+    speedup_chart,
     tau_chart,
 )
 from scspec.config import REPLAY
-from scspec.results import atomic_file, check_identities, read_cells
-from scspec.stats import MIN_PROMPTS, NO_INTERVAL, PLATFORM_COLUMNS, summarise
+from scspec.hardware import modelled
+from scspec.results import QUALITY_KEYS, QUALITY_SCHEMA, atomic_file, check_identities, read_cells, read_rows
+from scspec.stats import MIN_PROMPTS, NO_INTERVAL, PLATFORM_COLUMNS, summarise, summarise_quality
 
 IDENTITY = "identity"
 HOLDS, BROKEN, NOT_RUN, SAMPLED = "holds", "BROKEN: the run is broken", "not run", "sampled: other texts"
 _AUDITED = ["prompt_id", "turn", "block", "start", "emitted_ids", "accepted", "kept", "beta", "margin", "stop"]
+CONTINUATIONS = "continuations"
+_QUALITY_COLUMNS = {  # of the summary -> of a target's quality
+    **{name: name for name in ("perplexity", "float_perplexity", "quality_loss", "quality_loss_lo", "quality_loss_hi")},
+    **{"target_tv": "tv", "target_kl": "kl"},
+}
 _TABLE_ORDER = ["rank", "sc_prec", "gamma", "stoc_len", "draft_stoc_len", "sc_seed", "sampling_seed"]
 
 
@@ -54,11 +62,36 @@ def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_pat
     blocks, metadata = read_cells(path for path in map(Path, cell_paths) if path.exists())
     _check_settings(metadata, plan)
     check_identities(blocks)
-    summary = summarise(blocks, metadata)
-    page = _render(_page(blocks, summary, list(metadata.values()), plan, Path(out_path)))
+    quality = _read_quality(plan)
+    summary = _with_quality(modelled(summarise(blocks, metadata), metadata), quality, plan)
+    page = _render(_page(blocks, summary, quality, list(metadata.values()), plan, Path(out_path)))
     write_table(summary, Path(out_path).with_suffix(""))
     with atomic_file(out_path) as file:
         file.write(page.encode())
+    return summary
+
+
+def _read_quality(plan: dict[str, Any]) -> dict[str, pd.DataFrame]:
+    """Return {path: a row per source} (`stats.summarise_quality`) of the quality files of a plan that exist."""
+    planned = dict.fromkeys(cell.get("quality") for cell in plan["cells"])
+    paths = [path for path in planned if path and Path(path).exists()]
+    return {path: summarise_quality(read_rows(path, QUALITY_SCHEMA, QUALITY_KEYS)[0]) for path in paths}
+
+
+def _with_quality(summary: pd.DataFrame, quality: dict[str, pd.DataFrame], plan: dict[str, Any]) -> pd.DataFrame:
+    """Return a summary with its targets' quality on the continuations of the prompts, NaN where it is not known.
+
+    A target in floating point is what the others are measured against: its quality_loss is 0.
+    """
+    planned = {cell.get("id"): cell.get("quality") for cell in plan["cells"]}
+    rows = [quality.get(planned.get(cell_id)) for cell_id in summary["cell_id"]]
+    found = [None if its is None else its[its["source"] == CONTINUATIONS].iloc[0] for its in rows]
+    columns = {
+        name: [float("nan") if row is None else float(row[source]) for row in found]
+        for name, source in _QUALITY_COLUMNS.items()
+    }
+    summary = summary.assign(**columns)
+    summary.loc[summary["target_stoc_len"].isna(), "quality_loss"] = 0.0
     return summary
 
 
@@ -97,11 +130,16 @@ def _render(page: dict[str, Any]) -> str:
 
 
 def _page(
-    blocks: pd.DataFrame, summary: pd.DataFrame, metadata: list[dict], plan: dict[str, Any], out_path: Path
+    blocks: pd.DataFrame,
+    summary: pd.DataFrame,
+    quality: dict[str, pd.DataFrame],
+    metadata: list[dict],
+    plan: dict[str, Any],
+    out_path: Path,
 ) -> dict[str, Any]:
     """Everything the template shows."""
     sections, control_charts = _sections(summary), _control_charts(summary)
-    charts = [chart for section in sections for chart in section["charts"]] + control_charts
+    charts = [chart for section in sections for chart in section["charts"].values()] + control_charts
     specs = {chart["id"]: chart["spec"] for chart in charts}
     missing = [cell for cell in plan["cells"] if not Path(cell["path"]).exists()]
     verdicts = identity_verdicts(summary, [cell["pair"] for cell in plan["cells"]])
@@ -118,6 +156,7 @@ def _page(
         "verdicts": verdicts,
         "audits": audits,
         "tables": _tables(summary),
+        "quality": _quality_rows(quality, plan),
         "stem": out_path.stem,
         "missing": missing,
         "arm_labels": ARM_LABELS,
@@ -155,10 +194,16 @@ def _sections(summary: pd.DataFrame) -> list[dict[str, Any]]:
     sections = []
     for index, ((pair, do_sample), platform, cells) in enumerate(_groups(grid, "pair", "do_sample")):
         bars = f"drafts are moved sideways a little to keep them apart, and {_bars(cells)}."
-        charts = [
-            _chart(f"alpha-{index}", alpha_chart(cells), f"{_READ_ALPHA[do_sample]} {bars}"),
-            _chart(f"tau-{index}", tau_chart(cells), f"{_READ_TAU} {bars}"),
-        ]
+        charts = {
+            "Acceptance": _chart(f"alpha-{index}", alpha_chart(cells), f"{_READ_ALPHA[do_sample]} {bars}"),
+            "Block efficiency": _chart(f"tau-{index}", tau_chart(cells), f"{_READ_TAU} {bars}"),
+        }
+        if (costed := cells[cells["c"].notna()]).size:
+            charts["Gain in hardware, modelled"] = _chart(
+                f"speedup-{index}", speedup_chart(costed), f"{_READ_SPEEDUP} {bars}"
+            )
+        if (measured := cells[cells["quality_loss"].notna()]).size:
+            charts["Quality beside acceptance"] = _chart(f"quality-{index}", quality_chart(measured), _READ_QUALITY)
         sections.append({"pair": pair, "decoding": decoding(do_sample), "platform": platform, "charts": charts})
     return sections
 
@@ -172,6 +217,16 @@ _READ_ALPHA = {
 _READ_TAU = (
     "Each point is a cell: the tokens that one pass of the target yields, from 1 (as without a draft) to the dashed "
     "line at gamma + 1 (every proposal accepted);"
+)
+_READ_SPEEDUP = (
+    "Each point is a cell: how much faster its SC hardware would be than plain decoding at the same target length, LM "
+    "heads left out; filled where the array holds all rows of a target pass at once, hollow where they take turns, "
+    "which never gains; the dashed line is at 1;"
+)
+_READ_QUALITY = (
+    "Each point is a cell, with its target's stoc_len beside it: far to the right SC has made the target a worse "
+    "model, however well its draft agrees with it; perplexity is over the floating-point target's own continuations of "
+    "the prompts."
 )
 _READ_CONTROLS = (
     "Identity must lie exactly on the mark at 1, reseed shows what two equally good SC models disagree by, and the "
@@ -309,6 +364,34 @@ def _tables(summary: pd.DataFrame) -> list[dict[str, Any]]:
     return tables
 
 
+def _quality_rows(quality: dict[str, pd.DataFrame], plan: dict[str, Any]) -> list[dict[str, str]]:
+    """A row of text per target setting and source of text."""
+    targets = {cell["quality"]: cell["target"] for cell in plan["cells"] if cell.get("quality") in quality}
+    rows = []
+    for path, target in targets.items():
+        for source in quality[path].itertuples():
+            rows.append(
+                {
+                    "target": target["model"],
+                    **{name: str(target["sc"][f"sc_{name}"]) for name in ("stoc_len", "prec", "seed")},
+                    "text": source.source.replace("_", " "),
+                    "tokens": f"{source.tokens:,}",
+                    **{name: number(getattr(source, name)) for name in ("perplexity", "float_perplexity")},
+                    "rise": f"{source.quality_loss:+.2%}",
+                    "rise, 95\u00a0%": _rise_interval(source),
+                    "TV": number(source.tv),
+                    "KL (nats)": number(source.kl),
+                }
+            )
+    return rows
+
+
+def _rise_interval(source: Any) -> str:
+    if source.quality_loss_interval == NO_INTERVAL:
+        return NO_INTERVAL
+    return f"{source.quality_loss_lo:+.2%} to {source.quality_loss_hi:+.2%}"
+
+
 def _row(cell: Any, drafts: dict[str, str] | None) -> dict[str, str]:
     def whole(value: Any, missing: str) -> str:
         return missing if pd.isna(value) else str(value)
@@ -332,9 +415,18 @@ def _row(cell: Any, drafts: dict[str, str] | None) -> dict[str, str]:
         "tau predicted": number(cell.predicted_tau),
         "alpha evaluated": number(cell.alpha_evaluated),
         "acceptance rate": number(cell.acceptance_rate),
+        "speedup, rows at once": _known(cell.speedup_at_once, "{:.3f}"),
+        "speedup, row after row": _known(cell.speedup_in_turn, "{:.3f}"),
+        "energy": _known(cell.energy_ratio, "{:.3f}"),
+        "target's perplexity": _known(cell.perplexity, "{:.3f}"),
+        "its rise": _known(cell.quality_loss, "{:+.1%}"),
         "tokens": f"{cell.tokens:,}",
-        "tokens/s": f"{cell.tokens_per_s:.1f}",
+        "tokens/s": _known(cell.tokens_per_s, "{:.1f}"),
     }
+
+
+def _known(value: float, text: str) -> str:
+    return "-" if pd.isna(value) else text.format(value)
 
 
 def _line(value: Any) -> str:

@@ -66,6 +66,16 @@ SCHEMA = pa.schema(
     ]
 )
 
+#: The file of a target's quality, a row per text. `tokens` are scored; `nll`, `float_nll`: the negative log-likelihood
+#: of the target in SC and in floating point, in nats; `tv`: total variation; `kl`: KL(float || SC), in nats; all summed
+#: over the tokens.
+QUALITY_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), False) for name in ("source", "text_id", "category")]
+    + [pa.field("tokens", pa.int32(), False)]
+    + [pa.field(name, pa.float64(), False) for name in ("nll", "float_nll", "tv", "kl")]
+)
+QUALITY_KEYS = METADATA_KEYS - {"cell"} | {"sources", "settings", "quality", "trajectory_file_sha256"}
+
 NULLABLE_INTEGERS = {field.name: "Int32" for field in SCHEMA if field.nullable and field.type == pa.int32()}
 
 

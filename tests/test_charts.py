@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from fake_cells import CONTROL_ALPHAS, SKIPPED, fake_grid, fake_keys, fake_rows, fake_summary
+from fake_cells import CONTROL_ALPHAS, SKIPPED, fake_grid, fake_keys, fake_metadata, fake_rows, fake_summary
 
 from scspec.charts import (
     THEMES,
@@ -13,9 +13,12 @@ from scspec.charts import (
     draft_labels,
     interval_text,
     number,
+    quality_chart,
+    speedup_chart,
     tau_chart,
     unscrambled,
 )
+from scspec.hardware import modelled
 from scspec.stats import PLATFORM_COLUMNS
 
 
@@ -269,3 +272,34 @@ def test_numbers_near_the_ends_do_not_look_exact():
     assert number(0.99999) == "1 - 1.0e-05"
     assert number(0.00001) == "1.0e-05"
     assert number(float("nan")) == "undefined"
+
+
+def test_speedups_of_both_row_models_beside_the_line_at_one():
+    """Filled with the interval of tau, scaled; hollow; and nothing is gained at the dashed line."""
+    cells = [(fake_keys(stoc_len=128, draft_stoc_len=draft), 0.6) for draft in (64, 96)]
+    blocks = [row for seed, (keys, alpha) in enumerate(cells) for row in fake_rows(keys, alpha=alpha, seed=seed)]
+    metadata = {keys["cell_id"]: fake_metadata(keys) for keys, _ in cells}
+    summary = modelled(fake_summary(blocks, resamples=50), metadata)
+    spec = speedup_chart(summary).to_dict()
+    even, in_turn, line, bar, point = spec["spec"]["layer"]
+    assert even["encoding"]["y"]["datum"] == 1
+    assert (in_turn["encoding"]["y"]["field"], in_turn["mark"]["filled"]) == ("speedup_in_turn", False)
+    assert {layer["encoding"]["y"]["field"] for layer in (line, point)} == {"speedup_at_once"}
+    assert bar["encoding"]["y2"]["field"] == "speedup_at_once_hi"
+    for row, (_, cell) in zip(values(spec), summary.iloc[::-1].iterrows(), strict=True):  # the longer draft first
+        assert row["c"] == pytest.approx(cell["draft_stoc_len"] / 128)
+        assert row["speedup_at_once"] == pytest.approx(cell["tau"] / (4 * row["c"] + 1))
+        assert row["speedup_in_turn"] == pytest.approx(cell["tau"] / (4 * row["c"] + 5))
+        assert row["speedup_at_once_lo"] == pytest.approx(cell["tau_lo"] / (4 * row["c"] + 1))
+
+
+def test_quality_is_the_distance_to_the_right(grid):
+    measured = grid.assign(quality_loss=0.25, perplexity=5.0, float_perplexity=4.0, target_tv=0.1, target_kl=0.2)
+    spec = quality_chart(measured).to_dict()
+    point, label = spec["layer"]
+    assert (point["encoding"]["x"]["field"], point["encoding"]["y"]["field"]) == ("quality_loss", "alpha")
+    assert label["encoding"]["text"]["field"] == "target_stoc_len"
+    assert {row["quality_loss"] for row in values(spec)} == {0.25}
+    assert len(values(spec)) == len(grid)
+    with pytest.raises(ValueError, match="one pair"):
+        quality_chart(pd.concat([measured, measured.assign(pair="another")]))

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from scspec import task
 from scspec.cells import GREEDY, Quality
 from scspec.decoding import CachedScorer
-from scspec.quality import METADATA, SCHEMA, WINDOW_TOKENS, log_softmax, run_quality, score_text
+from scspec.quality import WINDOW_TOKENS, log_softmax, run_quality, score_text
 from scspec.replay import run_trajectory
-from scspec.results import read_rows
+from scspec.results import QUALITY_KEYS, QUALITY_SCHEMA, read_rows
 
 PROMPTS = [
     {"question_id": "one", "category": "letters", "turns": ["Hello there"]},
@@ -82,7 +82,7 @@ def measured(planned, tmp_path_factory):
     quality, texts = planned
     output = tmp_path_factory.mktemp("measured") / "quality.parquet"
     run_quality(quality, texts, output)
-    return read_rows(output, SCHEMA, METADATA)
+    return read_rows(output, QUALITY_SCHEMA, QUALITY_KEYS)
 
 
 def test_every_text_has_a_row(planned, measured):
@@ -164,5 +164,5 @@ def test_prompts_scored_before_a_kill_are_not_scored_again(planned, measured, tm
     monkeypatch.setattr(module, "_continuation_row", lambda *its: again.append(its[1].prompt_id) or score(*its))
     run_quality(*planned, output)
     assert (scored, again) == (["one"], ["two", "two"])
-    rows, _ = read_rows(output, SCHEMA, METADATA)
+    rows, _ = read_rows(output, QUALITY_SCHEMA, QUALITY_KEYS)
     assert rows.equals(measured[0])

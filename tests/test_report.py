@@ -1,6 +1,7 @@
 """The report: what it says about whole, holed, broken and mixed runs, and that it loads nothing and runs no text."""
 
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,7 @@ from fake_cells import fake_grid, fake_keys, fake_metadata, fake_rows, plan_entr
 
 from scspec.charts import number
 from scspec.report import build_report, identity_verdicts, write_table
-from scspec.results import read_cells, write_cell
+from scspec.results import QUALITY_KEYS, QUALITY_SCHEMA, read_cell, read_cells, write_cell, write_rows
 
 SMALL = {"prompts": 8, "max_new_tokens": 12}
 
@@ -72,7 +73,8 @@ def write(folder, *cells, **metadata):
 def test_a_whole_grid(grid):
     page, summary, _ = grid
     assert len(summary) == 34
-    assert list(page.specs) == ["alpha-0", "tau-0", "alpha-1", "tau-1", "controls-0", "controls-1"]
+    of_pairs = [f"{name}-{pair}" for pair in range(2) for name in ("alpha", "tau", "speedup")]
+    assert list(page.specs) == [*of_pairs, "controls-0", "controls-1"]
     assert "cells 34 of 34 missing 0 impossible 0 prompts 8" in page.text
     assert "None: every planned cell is here." in page.text
     assert "identity holds 2 of 2 pairs computed on cpu: a processor, float32, backend cpu" in page.text
@@ -91,7 +93,7 @@ def test_every_chart_has_a_sentence_and_a_text_alternative(grid):
         assert attrs["role"] == "img"
         assert page.specs[attrs["id"]]["description"] == attrs["aria-label"]
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", source)
-    assert len(captions) == 6
+    assert len(captions) == 8
     for caption in captions:
         assert caption.count(". ") == 0
         assert caption.endswith(".")
@@ -130,6 +132,8 @@ def test_the_table_holds_every_cell(grid):
         number(cell["predicted_tau"]),
         number(cell["alpha_evaluated"]),
         number(cell["acceptance_rate"]),
+        *(f"{cell[name]:.3f}" for name in ("speedup_at_once", "speedup_in_turn", "energy_ratio")),
+        *("-", "-"),  # the target's quality was not measured
         "96",
         f"{cell['tokens_per_s']:.1f}",
     ]
@@ -280,7 +284,7 @@ def test_holes_and_impossible_combinations_are_listed_apart(tmp_path):
 
 def test_a_single_cell(tmp_path):
     page, summary = report_of(tmp_path, write(tmp_path, (fake_keys(), 0.6)))
-    assert list(page.specs) == ["alpha-0", "tau-0"]
+    assert list(page.specs) == ["alpha-0", "tau-0", "speedup-0"]
     assert len(summary) == 1
 
 
@@ -304,7 +308,8 @@ def test_greedy_and_sampled_cells_have_charts_of_their_own(tmp_path):
     cells = [(fake_keys(arm=arm, do_sample=do_sample), 1) for arm in ("sc_sc", "identity") for do_sample in (0, 1)]
     cells = [({**keys, "do_sample": bool(keys["do_sample"])}, alpha) for keys, alpha in cells]
     page, _ = report_of(tmp_path, write(tmp_path, *cells))
-    assert list(page.specs) == ["alpha-0", "tau-0", "alpha-1", "tau-1", "controls-0", "controls-1"]
+    of_pairs = [f"{name}-{pair}" for pair in range(2) for name in ("alpha", "tau", "speedup")]
+    assert list(page.specs) == [*of_pairs, "controls-0", "controls-1"]
     expected = {"alpha-0": "greedy", "alpha-1": "sampled", "controls-0": "greedy", "controls-1": "sampled"}
     for chart_id, decoding in expected.items():
         assert decoding in page.specs[chart_id]["description"]
@@ -340,7 +345,8 @@ def test_platforms_stand_apart(tmp_path, other):
     assert page.text.count("The cells were computed on 2 platforms") == 1
     assert "no estimate here compares or pools cells across them" in page.text
     assert "identity holds 2 of 2 pairs and platforms computed on 2 platforms" in page.text
-    assert list(page.specs) == ["alpha-0", "tau-0", "alpha-1", "tau-1", "controls-0", "controls-1"]
+    of_pairs = [f"{name}-{pair}" for pair in range(2) for name in ("alpha", "tau", "speedup")]
+    assert list(page.specs) == [*of_pairs, "controls-0", "controls-1"]
     for name, spec in page.specs.items():
         (rows,) = spec["datasets"].values()
         assert len(rows) == (5 if name.startswith("controls") else 3), name
@@ -374,8 +380,70 @@ def test_mixed_prompt_files_raise_an_alarm(tmp_path):
 def test_few_prompts_are_said_to_have_no_interval(tmp_path):
     plan = write_fake_grid(tmp_path, [(fake_keys(), 0.6), (fake_keys(arm="reseed"), 0.6)], prompts=4)
     page, _ = report_of(tmp_path, plan)
-    assert page.text.count("there are no intervals below 8 prompts, so differences may be chance.") == 3
+    assert page.text.count("there are no intervals below 8 prompts, so differences may be chance.") == 4
     assert "95 % intervals over prompts" not in page.text
+
+
+def test_quality_stands_beside_acceptance(tmp_path):
+    """Of the targets it was measured for; a float target is what the others are measured against."""
+    cells = [(fake_keys(stoc_len=64), 0.6), (fake_keys(stoc_len=128), 0.7), (fake_keys(arm="float_sc"), 0.7)]
+    plan = write(tmp_path / "cells", *cells)
+    target = {"model": "smollm2-135m", "sc": {"sc_stoc_len": 64, "sc_prec": 8, "sc_seed": 0}}
+    for entry, (keys, _) in zip(plan["cells"], cells, strict=True):
+        entry.update(id=keys["cell_id"], quality=None, target=target)
+    plan["cells"][0]["quality"] = str(tmp_path / "64.parquet")
+    plan["cells"][1]["quality"] = str(tmp_path / "absent.parquet")
+    sums = {"tokens": 10, "nll": 10 * math.log(3), "float_nll": 10 * math.log(2), "tv": 2.0, "kl": 1.0}
+    row = {"source": "continuations", "category": "maths", **sums}
+    rows = [{**row, "text_id": f"{number}/0"} for number in range(8)]
+    rows.append({**row, "source": "text_file", "text_id": "0", "nll": 10 * math.log(4)})
+    metadata = {**fake_metadata(cells[0][0]), **dict.fromkeys(QUALITY_KEYS - {"schema_version"}, "")}
+    write_rows(tmp_path / "64.parquet", rows, metadata, QUALITY_SCHEMA, QUALITY_KEYS)
+    for entry, (keys, _) in zip(plan["cells"], cells, strict=True):
+        _, its = read_cell(entry["path"])
+        its["cell"] = {name: entry[name] for name in ("id", "pair", "arm")} | {"sampling": its["cell"]["sampling"]}
+        its["cell"] |= {"dtype": "float32", "max_new_tokens": 40}
+        entry |= its["cell"]
+        write_cell(entry["path"], fake_rows(keys, seed=1, **SMALL), its)
+    page, summary = report_of(tmp_path, plan)
+    losses = summary.set_index("cell_id")["quality_loss"]
+    assert losses.iloc[0] == pytest.approx(3 / 2 - 1)
+    assert math.isnan(losses.iloc[1])
+    assert losses.iloc[2] == 0
+    assert summary["target_tv"].iloc[0] == pytest.approx(0.2)
+    (point,) = page.specs["quality-0"]["datasets"].popitem()[1]
+    assert point["alpha"] == pytest.approx(summary["alpha"].iloc[0], abs=1e-12)
+    assert page.specs["quality-0"]["description"].startswith("Acceptance alpha against the target's quality, pair")
+    assert "smollm2-135m 64 8 0 continuations 80 3.000 2.000 +50.00%" in page.text
+    assert "smollm2-135m 64 8 0 text file 10 4.000 2.000 +100.00% none" in page.text
+
+
+def replayed(keys):
+    return {**keys, "cell_id": f"{keys['cell_id']}_replay", "method": "replay"}
+
+
+@pytest.mark.parametrize(("seed", "verdict"), [(0, "holds"), (1, "BROKEN")])
+def test_an_audit_compares_a_loop_with_its_replay(tmp_path, seed, verdict):
+    keys, plan = fake_keys(), {"demonstration": False, "cells": [], "invalid": []}
+    audit = {**keys, "cell_id": keys["cell_id"].replace("sc_sc", "audit"), "arm": "audit"}
+    for its, its_seed in ((replayed(keys), 0), (audit, seed)):
+        rows = fake_rows(its, seed=its_seed, **SMALL)
+        if its["method"] == "replay":
+            for row in rows:
+                row.update(draft_time_s=None, verify_time_s=None)
+                row["proposed_ids"] = row["proposed_ids"][: row["accepted"] + 1]
+        entry = {**plan_entry(tmp_path, its), "id": its["cell_id"], "method": its["method"]}
+        metadata = fake_metadata(its)
+        metadata["cell"] |= {name: entry[name] for name in ("id", "arm", "method", "gamma")}
+        entry |= metadata["cell"]
+        del entry["cell_id"]
+        plan["cells"].append(entry)
+        write_cell(entry["path"], rows, metadata)
+    page, _ = report_of(tmp_path, plan)
+    assert f"run as a loop too ({audit['cell_id']}): {verdict}" in page.text
+    assert ("Audit of the replay: BROKEN" in page.text) == (verdict == "BROKEN")
+    assert "controls-0" not in page.specs
+    assert len(page.specs["alpha-0"]["datasets"].popitem()[1]) == 1
 
 
 def test_a_commit_may_be_unknown_or_dirty(tmp_path):

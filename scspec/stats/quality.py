@@ -1,6 +1,6 @@
 """Texts scored in SC and in floating point -> perplexity, its loss, total variation and divergence, with intervals.
 
-The table is that of a quality file (`scspec.quality.SCHEMA`, docs there), which is not imported here: it loads torch.
+The table is that of a quality file (`scspec.results.QUALITY_SCHEMA`).
 """
 
 import numpy as np
