@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from scspec.config import LOOP, REPLAY, Experiment, Pair, Sampling, SideConfig
+from scspec.sc.knobs import resolve_knobs
 
 GRID_ARM = "sc_sc"
 AUDIT_ARM = "audit"  # one cell of a replayed grid, drawn at random, as a loop
@@ -217,7 +218,7 @@ def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
     invalid: dict[Invalid, None] = {}
     for pair, (arm, points, gammas) in product(experiment.pairs, _arms(experiment)):
         for (stoc_len, sc_prec), (target, draft) in _streams(pair, arm, points):
-            fault = _fault(target, draft)
+            fault = _fault(target, draft) or _knob_fault(*_sides(pair, arm, target, draft, sc_seed=0))
             if fault:
                 invalid[Invalid(pair.name, arm, stoc_len, sc_prec, *fault)] = None
                 continue
@@ -374,6 +375,16 @@ def _fault(target: Streams | None, draft: Streams | None) -> tuple[float | None,
         return shown, f"draft stoc_len {shown} is not a whole number"
     if length > 2**sc_prec:
         return shown, f"draft stoc_len {shown} is above 2**sc_prec = {2**sc_prec}"
+    return None
+
+
+def _knob_fault(target: Side, draft: Side) -> tuple[float | None, str] | None:
+    """Return the same if a length does not go with a side's knobs: some modules may have a precision of their own."""
+    for name, side in (("target", target), ("draft", draft)):
+        try:
+            resolve_knobs(side.sc)
+        except ValueError as error:
+            return (side.sc["sc_stoc_len"] if name == "draft" else None), f"{name} {error}"
     return None
 
 

@@ -418,3 +418,13 @@ def test_a_text_file_is_part_of_a_quality_and_none_is_measured_if_none_is_wanted
     assert quality_of(quality={"enabled": False})[0] == {}
     with pytest.raises(FileNotFoundError, match=r"^quality\.text_file: 'absent\.txt' cannot be read"):
         quality_of(quality={"text_file": "absent.txt"})
+
+
+def test_a_length_that_some_modules_cannot_have_is_an_impossible_combination() -> None:
+    """Those of 6 bits have at most 64 cycles; here it is the draft that goes with them."""
+    draft = {"model": "small", "sc": {"sc_modules": {"*.mlp.*": {"sc_prec": 6}}}}
+    config = experiment_of(pairs={"tiny": {"target": {"model": "big"}, "draft": draft}}, stoc_len=[32, 128])
+    cells, (invalid,) = expand(load_experiment(config))
+    assert [cell.stoc_len for cell in cells] == [32]
+    assert (invalid.stoc_len, invalid.draft_stoc_len) == (128, 128)
+    assert invalid.reason == "draft sc_modules['*.mlp.*']: stoc_len=128: must be from 1 to 64 (2**sc_prec, sc_prec=6)"
