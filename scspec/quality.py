@@ -53,7 +53,7 @@ def run_quality(quality: Quality, trajectory_path: Path, output: Path, *, thread
     rows = [row for prompt in finished for row in prompt.rows]
     rows += [_window_row(scorers, number, window) for number, window in enumerate(windows)]
     write_rows(output, rows, metadata, QUALITY_SCHEMA, QUALITY_KEYS)
-    task.began.remove()
+    task.checkpoint.remove()
 
 
 def _text(quality: Quality) -> str:

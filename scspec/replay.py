@@ -82,7 +82,7 @@ def run_trajectory(
     write_rows(
         output, [row for prompt in finished for row in prompt.rows], metadata, TRAJECTORY_SCHEMA, TRAJECTORY_KEYS
     )
-    task.began.remove()
+    task.checkpoint.remove()
 
 
 def _decode(task: Task, prompts: list[Prompt], save: Save, slots: int) -> None:
@@ -139,7 +139,7 @@ def run_predictions(
     finished, metadata = task.complete(metadata, predict)
     rows = [row for prompt in finished for row in prompt.rows]
     write_rows(output, rows, metadata, PREDICTIONS_SCHEMA, PREDICTIONS_KEYS)
-    task.began.remove()
+    task.checkpoint.remove()
 
 
 def _prediction_row(task: Task, scorers: dict[str, CachedScorer], text: Any) -> dict[str, Any]:

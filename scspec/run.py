@@ -33,7 +33,7 @@ def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: i
 
     finished, metadata = task.complete(metadata, decode)
     write_cell(output, [{**keys, **row} for prompt in finished for row in prompt.rows], metadata)
-    task.began.remove()
+    task.checkpoint.remove()
 
 
 def key_columns(cell: Cell, metadata: dict) -> dict:

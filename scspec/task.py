@@ -42,7 +42,7 @@ class Task:
     first_turns: list[list[int]]
     tokenizer: Any
     beyond: int
-    began: Checkpoint
+    checkpoint: Checkpoint
 
     @classmethod
     def load(
@@ -52,7 +52,7 @@ class Task:
 
         Raises ValueError that names what is wrong. Sets the process's thread counts.
         """
-        began = Checkpoint(output)
+        checkpoint = Checkpoint(output)
         prompts = _checked_prompts(spec)
         _check_placement(spec, gpus)
         for side in sides.values():
@@ -66,7 +66,7 @@ class Task:
         for prompt, ids in zip(prompts, first_turns, strict=True):
             _check_length(spec, prompt, 0, len(ids), beyond, limit)
         models = {name: _load(spec, side, gpus) for name, side in sides.items()}
-        return cls(spec, sides, models, prompts, first_turns, tokenizer, beyond, began)
+        return cls(spec, sides, models, prompts, first_turns, tokenizer, beyond, checkpoint)
 
     def metadata(self) -> dict[str, Any]:
         """Return what a file says of where it came from, without its prompts and times."""
@@ -98,7 +98,7 @@ class Task:
         each as it finishes (`checkpoint`). All that could change a result is in the metadata; `dirty` is left out
         of what earlier runs must share: the sources are in, and not a config.yaml.
         """
-        checkpoint = self.began
+        checkpoint = self.checkpoint
         key = {name: value for name, value in metadata.items() if name != "dirty"}
         checkpoint.resume({**key, "schema_version": SCHEMA_VERSION, "first_turns": token_ids_sha256(self.first_turns)})
         work([prompt for prompt in self.prompts if prompt.prompt_id not in checkpoint.finished], checkpoint.save)
