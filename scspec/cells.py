@@ -23,7 +23,9 @@ from scspec.sc.knobs import resolve_knobs
 GRID_ARM = "sc_sc"
 AUDIT_ARM = "audit"  # one cell of a replayed grid, drawn at random, as a loop
 PAST_END_STEP = 8  # trajectories go on past their end by a multiple of it: they do not depend on gamma up to 8
-RESEED_OFFSET = 1000  # the draft's sc_seed in the arm `reseed` is the target's plus this
+RESEED_OFFSET = (
+    1000  # the draft's sc_seed is the target's plus this in the arm `reseed`, or if its noise is independent
+)
 GREEDY = Sampling(do_sample=False, temperature=1.0, top_k=0, top_p=1.0)
 
 _SUFFIX = {LOOP: "", REPLAY: "_replay"}  # of an id: a replayed cell and the same one as a loop lie beside each other
@@ -390,8 +392,9 @@ def _knob_fault(target: Side, draft: Side) -> tuple[float | None, str] | None:
 
 def _sides(pair: Pair, arm: str, target: Streams | None, draft: Streams | None, sc_seed: int) -> tuple[Side, Side]:
     """Return the resolved target and draft."""
-    draft_config = pair.target if arm in ("identity", "reseed") else pair.draft
-    draft_seed = sc_seed + RESEED_OFFSET if arm == "reseed" else sc_seed
+    same_model = arm in ("identity", "reseed")
+    independent = arm == "reseed" if same_model else pair.draft_noise == "independent"
+    draft_config, draft_seed = pair.target if same_model else pair.draft, sc_seed + RESEED_OFFSET * independent
     return _side(pair.target, target, sc_seed), _side(draft_config, draft, draft_seed)
 
 

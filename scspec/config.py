@@ -44,7 +44,8 @@ class SideConfig:
 class Pair:
     """A pair of models. The draft's stream lengths are `draft_ratios` times the target's, or `draft_stoc_lens`.
 
-    One of the two is empty; `same` in the YAML is the ratio 1. `draft_sc_prec` is None for the target's.
+    One of the two is empty; `same` in the YAML is the ratio 1. `draft_sc_prec` is None for the target's. `draft_noise`
+    is "shared" (the shorter streams are a prefix of the longer) or "independent" (another scramble).
     """
 
     name: str
@@ -54,6 +55,7 @@ class Pair:
     draft_ratios: tuple[float, ...]
     draft_stoc_lens: tuple[int, ...]
     draft_sc_prec: int | None
+    draft_noise: str
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,7 @@ def _pair(name: str, pair: Mapping[str, Any], dtype: str, method: str) -> Pair:
         draft_ratios=tuple(ratios),
         draft_stoc_lens=tuple(lengths),
         draft_sc_prec=pair["draft"]["sc_prec"],
+        draft_noise=pair["draft"]["noise"],
     )
 
 

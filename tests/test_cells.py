@@ -428,3 +428,14 @@ def test_a_length_that_some_modules_cannot_have_is_an_impossible_combination() -
     assert [cell.stoc_len for cell in cells] == [32]
     assert (invalid.stoc_len, invalid.draft_stoc_len) == (128, 128)
     assert invalid.reason == "draft sc_modules['*.mlp.*']: stoc_len=128: must be from 1 to 64 (2**sc_prec, sc_prec=6)"
+
+
+def test_a_drafts_noise_is_the_targets_or_its_own() -> None:
+    """In the grid and with a float target; identity and reseed are what they are anyway."""
+
+    def seeds(**draft: Any) -> dict[str, int]:
+        cells = cells_of(pairs=pair_of(**draft), sc_seed=[3], controls={"arms": ["float_sc", "identity", "reseed"]})
+        return {cell.arm: cell.draft.sc["sc_seed"] for cell in cells.values()}
+
+    assert seeds() == seeds(noise="shared") == {"sc_sc": 3, "float_sc": 3, "identity": 3, "reseed": 1003}
+    assert seeds(noise="independent") == {"sc_sc": 1003, "float_sc": 1003, "identity": 3, "reseed": 1003}
