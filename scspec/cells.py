@@ -220,13 +220,14 @@ def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
     invalid: dict[Invalid, None] = {}
     for pair, (arm, points, gammas) in product(experiment.pairs, _arms(experiment)):
         for (stoc_len, sc_prec), (target, draft) in _streams(pair, arm, points):
-            fault = _fault(target, draft) or _knob_fault(*_sides(pair, arm, target, draft, sc_seed=0))
-            if fault:
-                invalid[Invalid(pair.name, arm, stoc_len, sc_prec, *fault)] = None
-                continue
-            for gamma, seed, draw in product(gammas, experiment.sc_seed, experiment.sampling_seed):
-                sides = _sides(pair, arm, target, draft, seed)
-                cells[_cell(experiment, pair, arm, gamma, draw, *sides, prompt_sha256)] = None
+            for modules in experiment.sc_modules:
+                fault = _fault(target, draft) or _knob_fault(*_sides(pair, arm, target, draft, 0, modules))
+                if fault:
+                    invalid[Invalid(pair.name, arm, stoc_len, sc_prec, *fault)] = None
+                    continue
+                for gamma, seed, draw in product(gammas, experiment.sc_seed, experiment.sampling_seed):
+                    sides = _sides(pair, arm, target, draft, seed, modules)
+                    cells[_cell(experiment, pair, arm, gamma, draw, *sides, modules, prompt_sha256)] = None
     audit = [_audit(cells)] if experiment.method == REPLAY and cells else []
     return [*cells, *audit], list(invalid)
 
@@ -390,19 +391,23 @@ def _knob_fault(target: Side, draft: Side) -> tuple[float | None, str] | None:
     return None
 
 
-def _sides(pair: Pair, arm: str, target: Streams | None, draft: Streams | None, sc_seed: int) -> tuple[Side, Side]:
-    """Return the resolved target and draft."""
+def _sides(
+    pair: Pair, arm: str, target: Streams | None, draft: Streams | None, sc_seed: int, modules: dict[str, Any]
+) -> tuple[Side, Side]:
+    """Return the resolved target and draft; `modules` are those of the grid, on top of what a side has of its own."""
     same_model = arm in ("identity", "reseed")
     independent = arm == "reseed" if same_model else pair.draft_noise == "independent"
     draft_config, draft_seed = pair.target if same_model else pair.draft, sc_seed + RESEED_OFFSET * independent
-    return _side(pair.target, target, sc_seed), _side(draft_config, draft, draft_seed)
+    return _side(pair.target, target, sc_seed, modules), _side(draft_config, draft, draft_seed, modules)
 
 
-def _side(config: SideConfig, streams: Streams | None, sc_seed: int) -> Side:
+def _side(config: SideConfig, streams: Streams | None, sc_seed: int, modules: dict[str, Any]) -> Side:
     """Return one side with its streams written into the SC knobs."""
     if streams is None:
         return Side(config.model, None, config.skip_layers)
     sc = {**config.sc, "sc_prec": streams[1], "sc_stoc_len": int(streams[0]), "sc_seed": sc_seed}
+    if modules:
+        sc["sc_modules"] = {**config.sc.get("sc_modules", {}), **modules}
     return Side(config.model, sc, config.skip_layers)
 
 
@@ -414,11 +419,13 @@ def _cell(
     sampling_seed: int,
     target: Side,
     draft: Side,
+    modules: dict[str, Any],
     prompt_sha256: str,
 ) -> Cell:
     """Return the cell of two resolved sides. Greedy cells do not see the settings of sampling."""
     point = target.sc or draft.sc or {"sc_prec": None, "sc_seed": None}
-    stem = _stem(target.sc, draft.sc, gamma, sampling_seed) + _platform(experiment, pair) + _SUFFIX[experiment.method]
+    stem = _stem(target.sc, draft.sc, gamma, sampling_seed) + _modules_label(target.sc or draft.sc, modules)
+    stem += _platform(experiment, pair) + _SUFFIX[experiment.method]
     return Cell(
         id=f"{pair.name}/{arm}/{stem}",
         pair=pair.name,
@@ -448,6 +455,13 @@ def _stem(target: dict[str, Any] | None, draft: dict[str, Any] | None, gamma: in
     point = target or draft or nothing
     lengths = f"L{(target or nothing)['sc_stoc_len']}_d{(draft or nothing)['sc_stoc_len']}"
     return f"{lengths}_p{point['sc_prec']}_g{gamma}_s{sampling_seed}_n{point['sc_seed']}"
+
+
+def _modules_label(sc: dict[str, Any] | None, modules: dict[str, Any]) -> str:
+    """Return what an id says of the grid's `sc_modules`: a hash of them, and nothing without or in floating point."""
+    if not sc or not modules:
+        return ""
+    return f"_m{hashlib.sha256(json.dumps(modules, sort_keys=True).encode()).hexdigest()[:6]}"
 
 
 def _platform(experiment: Experiment, pair: Pair) -> str:

@@ -110,8 +110,20 @@ def draft_labels(cells: pd.DataFrame) -> list[str]:
             parts.append(f"{row.draft_sc_prec} bit")
         if skipped := json.loads(row.draft_settings).get("skip_layers"):
             parts.append(f"{len(skipped)} layers skipped")
-        labels.append(", ".join(parts))
+        labels.append(", ".join([*parts, *_modules_labels(row)]))
     return labels
+
+
+def _modules_labels(cell) -> list[str]:
+    """Which modules have streams of their own, and of which side if not of both alike: "*.mlp.* 64 cycles 6 bit"."""
+    target, draft = (json.loads(text).get("sc_modules") for text in (cell.target_settings, cell.draft_settings))
+    sides = {"": target} if target == draft else {"target's ": target, "draft's ": draft}
+    texts = {"sc_stoc_len": "{} cycles", "sc_prec": "{} bit"}
+    return [
+        " ".join([f"{side}{pattern}", *(text.format(own[name]) for name, text in texts.items() if name in own)])
+        for side, modules in sides.items()
+        for pattern, own in (modules or {}).items()
+    ]
 
 
 def unscrambled(cells: pd.DataFrame) -> pd.Series:

@@ -94,6 +94,7 @@ class Experiment:
     pairs: tuple[Pair, ...]
     stoc_len: tuple[int, ...]
     sc_prec: tuple[int, ...]
+    sc_modules: tuple[dict[str, Any], ...] = field(hash=False)
     gamma: tuple[int, ...]
     sc_seed: tuple[int, ...]
     sampling_seed: tuple[int, ...]
@@ -130,7 +131,7 @@ def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
         *("prompt_file", "prompt_limit", "max_new_tokens", "device", "dtype", "backend", "method"),
         *("threads_per_cell", "prompts_per_batch", "gpus", "cells_per_gpu", "demonstration"),
     )
-    axes = ("stoc_len", "sc_prec", "gamma", "sc_seed", "sampling_seed")
+    axes = ("stoc_len", "sc_prec", "sc_modules", "gamma", "sc_seed", "sampling_seed")
     return Experiment(
         pairs=tuple(
             _pair(name, pair, settings["dtype"], settings["method"])

@@ -439,3 +439,20 @@ def test_a_drafts_noise_is_the_targets_or_its_own() -> None:
 
     assert seeds() == seeds(noise="shared") == {"sc_sc": 3, "float_sc": 3, "identity": 3, "reseed": 1003}
     assert seeds(noise="independent") == {"sc_sc": 1003, "float_sc": 1003, "identity": 3, "reseed": 1003}
+
+
+def test_the_grid_may_give_some_modules_streams_of_their_own() -> None:
+    """In every side in SC, on top of its own; cells without are as they were, and float cells do not depend on it."""
+    attention = {"*.self_attn*": {"sc_stoc_len": 128}}
+    axes = {"stoc_len": [64], "controls": {"arms": ["float_float", "sc_float"]}}
+    pairs = pair_of(sc={"sc_modules": {"lm_head": {"sc_prec": 7}}})
+    plain = cells_of(**axes, pairs=pairs)
+    mixed = cells_of(**axes, pairs=pairs, sc_modules=[{}, attention])
+    assert {cell_id: mixed[cell_id] for cell_id in plain} == plain
+    added = {cell.arm: cell for cell_id, cell in mixed.items() if cell_id not in plain}
+    assert set(added) == {"sc_sc", "sc_float"}
+    assert added["sc_sc"].target.sc["sc_modules"] == attention
+    assert added["sc_sc"].draft.sc["sc_modules"] == {"lm_head": {"sc_prec": 7}, **attention}
+    assert re.fullmatch(r"tiny/sc_sc/L64_d64_p8_g4_s0_n0_m[0-9a-f]{6}", added["sc_sc"].id)
+    assert Cell.from_json(added["sc_sc"].to_json()) == added["sc_sc"]
+    assert len({cell.predictions().trajectory.id for cell in mixed.values()}) == 3

@@ -204,6 +204,21 @@ def test_drafts_are_named_by_what_sets_them_apart():
     assert draft_labels(summary_of([(fake_keys(arm="sc_float"), 0.6)])) == ["float"]
 
 
+def test_modules_with_streams_of_their_own_set_drafts_apart():
+    mixed, other = {"*.mlp.*": {"sc_stoc_len": 64, "sc_prec": 7}}, {"lm_head": {"sc_prec": 6}}
+    settings = [({}, {}), (mixed, mixed), (mixed, other)]
+    names = ("target_settings", "draft_settings")
+    cells = [
+        {**fake_keys(), **{name: json.dumps({"sc_modules": own}) for name, own in zip(names, pair, strict=True)}}
+        for pair in settings
+    ]
+    assert draft_labels(pd.DataFrame(cells)) == [
+        "same length",
+        "same length, *.mlp.* 64 cycles 7 bit",
+        "same length, target's *.mlp.* 64 cycles 7 bit, draft's lm_head 6 bit",
+    ]
+
+
 def test_controls_lie_in_one_row_an_arm_with_the_expected_value(controls):
     spec = controls_chart(controls).to_dict()
     found = layers(spec)

@@ -70,7 +70,7 @@ def test_every_object_of_the_schema_refuses_unknown_keys_and_every_node_says_wha
         if node.get("type") == "object":
             assert "additionalProperties" in node, path
         if node.get("additionalProperties") is not False and node.get("type") == "object":
-            assert path == "config.pairs" or path.endswith(".sc_modules")  # keys are the researcher's own names
+            assert path == "config.pairs" or ".sc_modules" in path  # keys are the researcher's own names
 
 
 def test_defaults_are_filled_in() -> None:
