@@ -120,6 +120,24 @@ def test_marginal_counts_keep_the_discrepancy_of_a_net(operand, sc_prec, sc_seed
             assert (np.abs(ones - length * bounds / grid) < length.bit_count()).all()
 
 
+@pytest.mark.parametrize("sc_seed", [0, 1, 2, 1003])
+def test_products_of_every_scramble_come_closer_to_the_exact_ones_with_length(sc_seed):
+    """Every pair of codes in every dimension. The K ones of a leave K random levels of b, as many aligned runs as K has
+    one bits, each of which misses its share of [0, B) by less than one point; K itself misses its own likewise:
+    |count - L x y| <= ones of K + y (ones of L), so the relative error falls about as log2(L) / L.
+    """
+    errors = []
+    for stoc_len in (8, 16, 32, 64, 128, 256):
+        spec = resolve_streams("bipolar", 8, stoc_len, sc_seed=sc_seed)
+        ones, share = ones_table(spec).astype(np.int64), boundaries(spec) / spec.rng_levels
+        counts = count_table(spec)[np.arange(spec.base)[:, None], ones].astype(np.float64)
+        misses = np.abs(counts - stoc_len * share[:, None] * share)
+        runs = np.array([int(k).bit_count() for k in range(stoc_len + 1)])[ones]
+        assert (misses <= runs[:, :, None] + share * stoc_len.bit_count()).all()
+        errors.append(float(np.sqrt((misses**2).mean())) / stoc_len)
+    assert errors == sorted(errors, reverse=True)
+
+
 @pytest.mark.parametrize("mode", ["bipolar", "unipolar"])
 @pytest.mark.parametrize(("sc_prec", "stoc_len", "grid"), [(2, 3, 4), (4, 16, 8), (5, 21, 32), (8, 48, 128)])
 def test_tables_equal_the_streams(mode, sc_prec, stoc_len, grid):
