@@ -4,6 +4,7 @@ Each side is cells as `results.read_cells` gives them. What both have in common 
 Not covered: sampled texts, which part by chance as soon as one probability differs; charts.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -20,6 +21,7 @@ from scspec.stats import BOOTSTRAP, NO_INTERVAL, paired_differences, with_platfo
 # loop of the same settings must give the same. Cells of another platform have no partner, since no table mixes them.
 MATCH_COLUMNS = (
     *("pair", "arm", "target_stoc_len", "draft_stoc_len", "target_sc_prec", "draft_sc_prec", "gamma"),
+    *("target_modules", "draft_modules"),  # those with streams of their own; of other settings two grids may differ
     *("sampling_seed", "target_sc_seed", "draft_sc_seed", "do_sample", "device_name", "dtype", "backend"),
 )
 TEXT_COLUMNS = (
@@ -73,7 +75,7 @@ def compare(a: Cells, b: Cells, *, resamples: int = 2000, seed: int = 0) -> Comp
     partner, or what `paired_differences` raises: then it calls the cells `a: ID` and `b: ID`.
     """
     sides = {name: _named(name, *side) for name, side in (("a", a), ("b", b))}
-    keys = {name: with_platforms(*side) for name, side in sides.items()}
+    keys = {name: _with_modules(with_platforms(*side)) for name, side in sides.items()}
     pairs = _pairs(keys)
     blocks = pd.concat([side for side, _ in sides.values()], ignore_index=True)
     metadata = {**sides["a"][1], **sides["b"][1]}
@@ -86,6 +88,16 @@ def compare(a: Cells, b: Cells, *, resamples: int = 2000, seed: int = 0) -> Comp
         for index, (name, cells) in enumerate(keys.items())
     ]
     return Comparison(*map(_own_ids, (differences, texts, pd.concat(unmatched)[list(UNMATCHED_COLUMNS)])))
+
+
+def _with_modules(cells: pd.DataFrame) -> pd.DataFrame:
+    modules = {
+        f"{side}_modules": [
+            json.dumps(json.loads(text).get("sc_modules", {}), sort_keys=True) for text in cells[f"{side}_settings"]
+        ]
+        for side in ("target", "draft")
+    }
+    return cells.assign(**modules)
 
 
 def _named(name: str, blocks: pd.DataFrame, metadata: Mapping[str, dict[str, Any]]) -> Cells:

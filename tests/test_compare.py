@@ -1,5 +1,7 @@
 """Two cells and two grids side by side: what is paired, how texts part, and the command line."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -130,6 +132,19 @@ def test_grids_are_matched_by_their_keys():
     shown = plain_tables(found)
     assert "Without a partner" in shown
     assert "greedy texts are equal" not in shown  # a grid's would be a row per cell and prompt
+
+
+def test_cells_that_differ_in_the_streams_of_some_modules_are_two_points():
+    """But those of other settings, such as a scope, are one."""
+    plain, mixed = (json.dumps({"sc_modules": modules}) for modules in ({}, {"*.mlp.*": {"sc_prec": 6}}))
+    cells = [
+        [{**row, "cell_id": name, "target_settings": text} for row in rows]
+        for rows in grid({(64, 2): 0.5})
+        for name, text in (("plain", plain), ("mixed", mixed))
+    ]
+    published = [{**row, "target_settings": json.dumps({"sc_granularity": "per_row"})} for row in cells[0]]
+    found = compare(side_of(*cells), side_of(published, cells[1]))
+    assert found.differences[["cell_id_a", "cell_id_b"]].to_numpy().tolist() == [["plain"] * 2, ["mixed"] * 2]
 
 
 def test_a_replayed_cell_is_compared_with_a_loop_but_first_with_its_like():
