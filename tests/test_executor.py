@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -441,7 +442,8 @@ def test_a_job_that_ends_while_others_are_cancelled_stops_nothing(
     executor._cluster = SimpleNamespace(cancel=lambda attempts: [executor._attempts.pop(each.id) for each in attempts])
     executor.cancel_jobs([])
     assert not executor._attempts
-    with subprocess.Popen(["sleep", "1000"]) as running, subprocess.Popen(["true"]) as ended:
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also where a shell has the tests ignore it
+    with subprocess.Popen(["sleep", "60"], preexec_fn=hears) as running, subprocess.Popen(["true"]) as ended:
         ended.wait()
         attempts = [Attempt(str(process.pid), tmp_path) for process in (ended, running)]
         monkeypatch.setattr(Local, "alive", lambda self, folders: {attempt.id for attempt in attempts})
