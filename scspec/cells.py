@@ -108,6 +108,11 @@ class Predictions(_Line):
     draft: Side
 
     @property
+    def device(self) -> str:
+        """Return what it is computed on: what its texts were."""
+        return self.trajectory.device
+
+    @property
     def id(self) -> str:
         """Name it for a reader, and by a hash of all its settings."""
         return f"{self.trajectory.id}/{manifest_name(self.draft.model)}_{_streams_label(self.draft)}-{_digest(self)}"
@@ -129,6 +134,11 @@ class Quality(_Line):
     target: Side
     text_file: str | None
     text_sha256: str | None
+
+    @property
+    def device(self) -> str:
+        """Return what it is computed on: what its texts were."""
+        return self.trajectory.device
 
     @property
     def id(self) -> str:

@@ -94,25 +94,24 @@ def _add_job(commands: Any, name: str, says: str, command: Callable, *more: str)
     return job
 
 
-def _counts(arguments: argparse.Namespace, device: str) -> dict[str, int]:
-    """Return the counts for the job, which has its GPUs from now on: call it before anything imports torch."""
+def _job(arguments: argparse.Namespace, kind: type) -> tuple[Any, dict[str, int]]:
+    """Return what a job's line describes, and its counts; it has its GPUs from now on: torch is to see those alone."""
     from scspec.gpus import claim_gpus
 
     counts = {name: getattr(arguments, name) for name in arguments.counts}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {value} is not allowed; allowed: at least 1")
-    cells_per_gpu = counts.pop("cells_per_gpu")
-    if device == "cuda":
+    job, cells_per_gpu = kind.from_json(arguments.line), counts.pop("cells_per_gpu")
+    if job.device == "cuda":
         claim_gpus(counts["gpus"], cells_per_gpu)
-    return counts
+    return job, counts
 
 
 def _run_cell(arguments: argparse.Namespace) -> None:
     from scspec.cells import Cell
 
-    cell = Cell.from_json(arguments.line)
-    counts = _counts(arguments, cell.device)
+    cell, counts = _job(arguments, Cell)
     from scspec.run import run_cell
 
     run_cell(cell, arguments.output, **counts)
@@ -121,8 +120,7 @@ def _run_cell(arguments: argparse.Namespace) -> None:
 def _run_trajectory(arguments: argparse.Namespace) -> None:
     from scspec.cells import Trajectory
 
-    trajectory = Trajectory.from_json(arguments.line)
-    counts = _counts(arguments, trajectory.device)
+    trajectory, counts = _job(arguments, Trajectory)
     from scspec.replay import run_trajectory
 
     run_trajectory(trajectory, arguments.output, **counts)
@@ -131,8 +129,7 @@ def _run_trajectory(arguments: argparse.Namespace) -> None:
 def _run_predictions(arguments: argparse.Namespace) -> None:
     from scspec.cells import Predictions
 
-    predictions = Predictions.from_json(arguments.line)
-    counts = _counts(arguments, predictions.trajectory.device)
+    predictions, counts = _job(arguments, Predictions)
     from scspec.replay import run_predictions
 
     run_predictions(predictions, arguments.trajectory, arguments.output, **counts)
@@ -141,8 +138,7 @@ def _run_predictions(arguments: argparse.Namespace) -> None:
 def _run_quality(arguments: argparse.Namespace) -> None:
     from scspec.cells import Quality
 
-    quality = Quality.from_json(arguments.line)
-    counts = _counts(arguments, quality.trajectory.device)
+    quality, counts = _job(arguments, Quality)
     from scspec.quality import run_quality
 
     run_quality(quality, arguments.trajectory, arguments.output, **counts)
