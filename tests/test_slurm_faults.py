@@ -22,7 +22,7 @@ from slurm_project import CELL, OTHER, RESOURCES, Project, Running, built_projec
 from scspec.results import read_cell
 
 pytestmark = pytest.mark.slurm
-ONE_MINUTE = ("cell:mem_mb=2000", "cell:runtime=1")
+TWO_MINUTES = ("cell:mem_mb=2000", "cell:runtime=2")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_a_job_out_of_memory_gets_more_the_next_time(slurm: SlurmBox, project: P
 
 def test_a_job_at_its_time_limit_goes_on_where_it_was(slurm: SlurmBox, project: Project, check) -> None:
     project.hold(prompts=2)
-    with project.running("--submitit-warning=45", resources=ONE_MINUTE) as snakemake:
+    with project.running("--submitit-warning=75", resources=TWO_MINUTES) as snakemake:
         job = held_job(slurm, project)
         assert the_job(slurm, "PENDING") == job
         project.release()
@@ -165,8 +165,8 @@ def test_a_job_at_its_time_limit_goes_on_where_it_was(slurm: SlurmBox, project: 
 
 def test_a_job_at_its_time_limit_that_may_not_go_on_fails(slurm: SlurmBox, project: Project, check) -> None:
     project.hold(prompts=2)
-    limit = ("--submitit-warning=45", "--submitit-requeues=0")
-    with project.running(*limit, "--retries=1", resources=ONE_MINUTE) as snakemake:
+    limit = ("--submitit-warning=75", "--submitit-requeues=0")
+    with project.running(*limit, "--retries=1", resources=TWO_MINUTES) as snakemake:
         job = held_job(slurm, project)
         leaves(slurm, job)
         project.release()
