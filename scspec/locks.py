@@ -4,6 +4,7 @@ Snakemake locks its working directory, and deletes a target before it makes it a
 clones with one results folder would delete what the other has just finished. Imports no torch.
 """
 
+import errno
 import getpass
 import os
 import sys
@@ -13,6 +14,8 @@ from filelock import FileLock, Timeout
 
 from scspec.provenance import host
 
+#: How a file system says that it has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP)
 #: The locks of this process. A lock that nothing refers to is released, and these are to stay until the process ends.
 _HELD: list[FileLock] = []
 
@@ -20,8 +23,8 @@ _HELD: list[FileLock] = []
 def hold_folder(folder: Path) -> None:
     """Have a folder for this process until it ends, however that comes.
 
-    Raises ValueError, one line that names the process that has it. Where the file system has no locks, says so on
-    stderr and goes on.
+    Raises ValueError, one line that names the process that has it, and OSError if the lock's file cannot be written.
+    Where the file system has no locks, says so on stderr and goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock, holder = FileLock(folder / ".lock"), folder / ".lock.holder"
@@ -30,7 +33,9 @@ def hold_folder(folder: Path) -> None:
     except Timeout:
         said = holder.read_text(encoding="utf-8") if holder.exists() else "another process"
         raise ValueError(f"{folder}: in use by {said}; allowed: one Snakemake at a time on a results folder") from None
-    except (OSError, NotImplementedError) as error:
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
         print(f"{folder}: cannot be locked ({error}): let no other Snakemake use it meanwhile", file=sys.stderr)
         return
     _HELD.append(lock)
