@@ -1,6 +1,8 @@
 """The Parquet file of a cell: what it accepts, what it refuses, and that it is whole or absent."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pandas as pd
@@ -199,6 +201,15 @@ def test_a_torn_middle_is_named(cell):
     content[200:2000] = bytes(1800)
     cell.write_bytes(content)
     assert "not a readable Parquet file" in one_line_error(cell)
+
+
+def test_a_disk_that_fails_is_not_a_torn_file(cell, monkeypatch):
+    def fails(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(pq, "ParquetFile", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_cell(cell)
 
 
 def test_a_missing_file_is_not_a_torn_one(tmp_path):
