@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from scspec.cells import Cell, expand
@@ -53,7 +54,7 @@ def plain_and_teacher_forced_s(cell: Cell) -> tuple[float, float]:
     texts = [list(decode_tokens(scorers[0], ids, **options, eos_token_ids=eos)) for ids in prompts]
     decoded_s = time.perf_counter()
     for ids, text in zip(prompts, texts, strict=True):
-        for logits in teacher_forced(scorers[1], *(torch.tensor(its).numpy() for its in (ids, text))):
+        for logits in teacher_forced(scorers[1], np.array(ids), np.array(text)):
             logits.argmax(-1)
     return decoded_s - began_s, time.perf_counter() - decoded_s
 

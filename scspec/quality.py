@@ -18,10 +18,9 @@ from scspec.decoding import CachedScorer
 from scspec.prompts import Prompt, file_sha256
 from scspec.provenance import sha256_of
 from scspec.replay import check_alike, read_trajectory, teacher_forced
-from scspec.results import QUALITY_KEYS, QUALITY_SCHEMA, write_rows
+from scspec.results import CONTINUATIONS, QUALITY_KEYS, QUALITY_SCHEMA, TEXT_FILE, write_rows
 from scspec.task import Save, Task
 
-CONTINUATIONS, TEXT_FILE = "continuations", "text_file"
 #: Tokens of a text file that are scored with one context: the first of each window is only read.
 WINDOW_TOKENS = 512
 

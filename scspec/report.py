@@ -38,13 +38,20 @@ from scspec.charts import (
 )
 from scspec.config import REPLAY
 from scspec.hardware import modelled
-from scspec.results import QUALITY_KEYS, QUALITY_SCHEMA, atomic_file, check_identities, read_cells, read_rows
+from scspec.results import (
+    CONTINUATIONS,
+    QUALITY_KEYS,
+    QUALITY_SCHEMA,
+    atomic_file,
+    check_identities,
+    read_cells,
+    read_rows,
+)
 from scspec.stats import MIN_PROMPTS, NO_INTERVAL, PLATFORM_COLUMNS, summarise, summarise_quality
 
 IDENTITY = "identity"
 HOLDS, BROKEN, NOT_RUN, SAMPLED = "holds", "BROKEN: the run is broken", "not run", "sampled: other texts"
 _AUDITED = ["prompt_id", "turn", "block", "start", "emitted_ids", "accepted", "kept", "beta", "margin", "stop"]
-CONTINUATIONS = "continuations"
 _QUALITY_COLUMNS = {  # of the summary -> of a target's quality
     **{name: name for name in ("perplexity", "float_perplexity", "quality_loss", "quality_loss_lo", "quality_loss_hi")},
     **{"target_tv": "tv", "target_kl": "kl"},

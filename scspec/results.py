@@ -74,6 +74,7 @@ QUALITY_SCHEMA = pa.schema(
     + [pa.field("tokens", pa.int32(), False)]
     + [pa.field(name, pa.float64(), False) for name in ("nll", "float_nll", "tv", "kl")]
 )
+CONTINUATIONS, TEXT_FILE = "continuations", "text_file"  # a row's `source`
 QUALITY_KEYS = METADATA_KEYS - {"cell"} | {"sources", "settings", "quality", "trajectory_file_sha256"}
 
 NULLABLE_INTEGERS = {field.name: "Int32" for field in SCHEMA if field.nullable and field.type == pa.int32()}
@@ -216,7 +217,7 @@ def read_rows(path: Path | str, schema: pa.Schema, metadata_keys: Iterable[str])
         with pq.ParquetFile(path) as file:
             table = file.read()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError):
+        if getattr(error, "errno", None):  # the system's fault, such as no file or no permission, and not the file's
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path}: not a readable Parquet file ({reason})") from error
