@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scspec.cells import Cell, expand
+from scspec.cells import expand
 from scspec.config import load_experiment, read_config
 from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_tokens
+from scspec.jobs import Cell
 from scspec.models import load_model, load_tokenizer
 from scspec.prompts import encode_turn, load_prompts
 from scspec.replay import replay_cell, run_predictions, run_trajectory, teacher_forced

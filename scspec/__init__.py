@@ -3,12 +3,14 @@
 config -> cells -> (prompts, models -> patching) -> decoding (over sc + invariant)
        -> results -> stats -> charts -> report
 
-    config, cells        YAML -> Experiment -> Cells: ids, paths, what each needs
+    config, cells        YAML -> Experiment -> the jobs there are
+    jobs                 what a job is: a line of JSON, a Parquet file, the models it needs
     prompts              prompt files -> token ids
     models, patching     weights -> one model instance rewired to SC
     sc, invariant        the stochastic matmul; batch-invariant float arithmetic
     decoding             plain and speculative decoding, exact
-    run                  run_cell: where these meet
+    task                 what jobs that run models share, and where these meet
+    run, replay, quality the jobs: a cell as a loop; cells from texts and predictions; a target beside itself in float
     results, stats       Parquet rows -> estimates with intervals
     compare              two cells or grids -> differences
     charts, report       estimates -> HTML

@@ -1,204 +1,30 @@
-"""Experiment -> Cells: one cell is one Parquet file and one Snakemake target.
+"""Experiment -> Cells and what they share: which jobs there are, known before anything runs.
 
-A cell's JSON line says everything `run_cell` needs and nothing else, because Snakemake compares it to decide what is
-stale: settings of the report and of the machine (thread count) are not in it. A cell depends on its own point of the
-grid only, so adding a value to an axis leaves the ids and JSON lines of all other cells as they are. The same holds of
-what replayed cells share, the targets' texts (`Trajectory`) and the drafts' predictions on them (`Predictions`).
+A cell depends on its own point of the grid only, so adding a value to an axis leaves the ids and JSON lines of all
+other cells as they are. The same holds of what replayed cells share, and of the quality of a target.
 
-Not covered: running a cell (`scspec.run`, `scspec.replay`). Imports no torch.
+Not covered: what a job is (`scspec.jobs`). Imports no torch.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from scspec.config import LOOP, REPLAY, Experiment, Pair, Sampling, SideConfig
+from scspec.jobs import AUDIT_ARM, GRID_ARM, PAST_END_STEP, Cell, Quality, Side, manifest_name
 from scspec.sc.knobs import resolve_knobs
 
-GRID_ARM = "sc_sc"
-AUDIT_ARM = "audit"  # one cell of a replayed grid, drawn at random, as a loop
-PAST_END_STEP = 8  # trajectories go on past their end by a multiple of it: they do not depend on gamma up to 8
-RESEED_OFFSET = (
-    1000  # the draft's sc_seed is the target's plus this in the arm `reseed`, or if its noise is independent
-)
+RESEED_OFFSET = 1000  # independent noise, as in the arm `reseed`: the draft's sc_seed is the target's plus this
 GREEDY = Sampling(do_sample=False, temperature=1.0, top_k=0, top_p=1.0)
 
 _SUFFIX = {LOOP: "", REPLAY: "_replay"}  # of an id: a replayed cell and the same one as a loop lie beside each other
 
 Streams = tuple[Fraction, int]  # (stoc_len, sc_prec) of an SC side; the length may turn out not to be whole
-
-
-@dataclass(frozen=True)
-class Side:
-    """Target or draft of a cell, resolved. `sc` is None in floating point.
-
-    Otherwise `sc` holds the overrides that the pair gives and `sc_prec`, `sc_stoc_len`, `sc_seed`; every other knob
-    has its default in `scspec.patching`.
-    """
-
-    model: str
-    sc: dict[str, Any] | None = field(hash=False)
-    skip_layers: tuple[int, ...]
-
-    def __post_init__(self):
-        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))  # JSON has lists
-
-
-class _Line:
-    """What Snakemake compares: a dataclass as one line of JSON."""
-
-    def to_json(self) -> str:
-        """Return the one canonical line: sorted keys, no spaces, ASCII."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Return what a line says. Raises `ValueError` if it is not JSON or its keys are not the dataclass's."""
-        name = cls.__name__.lower()
-        try:
-            return _built(cls, json.loads(text), name)
-        except json.JSONDecodeError as error:
-            needed = f"the line that {cls.__name__}.to_json returns"
-            raise ValueError(f"{name}: not JSON: {error}; needed: {needed}") from None
-
-
-@dataclass(frozen=True)
-class Trajectory(_Line):
-    """A target's own text after each prompt, shared by all replayed cells of that target: no draft, no gamma.
-
-    Each text goes on for `past_end` tokens past its end, as the last block of a cell may.
-    """
-
-    target: Side
-    sampling_seed: int
-    prompt_file: str
-    prompt_sha256: str
-    prompt_limit: int | None
-    max_new_tokens: int
-    past_end: int
-    sampling: Sampling
-    device: str
-    dtype: str
-    backend: str
-
-    @property
-    def id(self) -> str:
-        """Name it for a reader, and by a hash of all its settings."""
-        return f"{manifest_name(self.target.model)}/{_streams_label(self.target)}_s{self.sampling_seed}-{_digest(self)}"
-
-    def path(self, results_dir: str | Path = "results") -> Path:
-        """Return where its Parquet file lies."""
-        return Path(results_dir) / "trajectories" / f"{self.id}.parquet"
-
-    def manifests(self, results_dir: str | Path = "results") -> list[Path]:
-        """Return where the manifest of its model lies."""
-        return _manifests([self.target], results_dir)
-
-
-@dataclass(frozen=True)
-class Predictions(_Line):
-    """What a draft predicts at each position of a trajectory."""
-
-    trajectory: Trajectory
-    draft: Side
-
-    @property
-    def device(self) -> str:
-        """Return what it is computed on: what its texts were."""
-        return self.trajectory.device
-
-    @property
-    def id(self) -> str:
-        """Name it for a reader, and by a hash of all its settings."""
-        return f"{self.trajectory.id}/{manifest_name(self.draft.model)}_{_streams_label(self.draft)}-{_digest(self)}"
-
-    def path(self, results_dir: str | Path = "results") -> Path:
-        """Return where its Parquet file lies."""
-        return Path(results_dir) / "predictions" / f"{self.id}.parquet"
-
-    def manifests(self, results_dir: str | Path = "results") -> list[Path]:
-        """Return where the manifests of its models lie: one path, or two."""
-        return _manifests([self.trajectory.target, self.draft], results_dir)
-
-
-@dataclass(frozen=True)
-class Quality(_Line):
-    """How well a target in SC predicts a text: that of the same target in floating point, and a text file if named."""
-
-    trajectory: Trajectory
-    target: Side
-    text_file: str | None
-    text_sha256: str | None
-
-    @property
-    def device(self) -> str:
-        """Return what it is computed on: what its texts were."""
-        return self.trajectory.device
-
-    @property
-    def id(self) -> str:
-        """Name it for a reader, and by a hash of all its settings."""
-        return f"{manifest_name(self.target.model)}/{_streams_label(self.target)}-{_digest(self)}"
-
-    def path(self, results_dir: str | Path = "results") -> Path:
-        """Return where its Parquet file lies."""
-        return Path(results_dir) / "quality" / f"{self.id}.parquet"
-
-    def manifests(self, results_dir: str | Path = "results") -> list[Path]:
-        """Return where the manifest of its model lies."""
-        return _manifests([self.target], results_dir)
-
-
-@dataclass(frozen=True)
-class Cell(_Line):
-    """One run over a prompt file. `method` is "loop" (draft and target take turns) or "replay" (see `predictions`).
-
-    `stoc_len` is the target's, None if the target is in floating point. `sc_prec` and `sc_seed` are the target's, or
-    the draft's if only the draft is in SC, or None. So a cell that does not depend on an axis of the grid does not
-    name a value of it either. What each side resolves to is in `target.sc` and `draft.sc`.
-    """
-
-    id: str
-    pair: str
-    arm: str
-    stoc_len: int | None
-    sc_prec: int | None
-    gamma: int
-    sc_seed: int | None
-    sampling_seed: int
-    target: Side
-    draft: Side
-    prompt_file: str
-    prompt_sha256: str
-    prompt_limit: int | None
-    max_new_tokens: int
-    sampling: Sampling
-    device: str
-    dtype: str
-    backend: str
-    method: str
-
-    def predictions(self) -> Predictions:
-        """Return what a replayed cell derives from. Cells that differ in gamma share it, nearly always."""
-        return Predictions(self.trajectory(past_end=-(-self.gamma // PAST_END_STEP) * PAST_END_STEP), self.draft)
-
-    def trajectory(self, *, past_end: int) -> Trajectory:
-        """Return the target's own texts of the cell's prompts."""
-        shared = {item.name: getattr(self, item.name) for item in fields(Trajectory) if item.name != "past_end"}
-        return Trajectory(past_end=past_end, **shared)
-
-    def path(self, results_dir: str | Path = "results") -> Path:
-        """Return where the cell's Parquet file lies."""
-        return Path(results_dir) / "cells" / f"{self.id}.parquet"
-
-    def manifests(self, results_dir: str | Path = "results") -> list[Path]:
-        """Return where the manifests of the cell's models lie: one path, or two."""
-        return _manifests([self.target, self.draft], results_dir)
 
 
 @dataclass(frozen=True)
@@ -229,15 +55,15 @@ def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
     cells: dict[Cell, None] = {}
     invalid: dict[Invalid, None] = {}
     for pair, (arm, points, gammas) in product(experiment.pairs, _arms(experiment)):
-        for (stoc_len, sc_prec), (target, draft) in _streams(pair, arm, points):
-            for modules in experiment.sc_modules:
-                fault = _fault(target, draft) or _knob_fault(*_sides(pair, arm, target, draft, 0, modules))
-                if fault:
-                    invalid[Invalid(pair.name, arm, stoc_len, sc_prec, *fault)] = None
-                    continue
-                for gamma, seed, draw in product(gammas, experiment.sc_seed, experiment.sampling_seed):
-                    sides = _sides(pair, arm, target, draft, seed, modules)
-                    cells[_cell(experiment, pair, arm, gamma, draw, *sides, modules, prompt_sha256)] = None
+        streams = product(_streams(pair, arm, points), experiment.sc_modules)
+        for ((stoc_len, sc_prec), (target, draft)), modules in streams:
+            fault = _fault(target, draft) or _knob_fault(*_sides(pair, arm, target, draft, 0, modules))
+            if fault:
+                invalid[Invalid(pair.name, arm, stoc_len, sc_prec, *fault)] = None
+                continue
+            for gamma, seed, draw in product(gammas, experiment.sc_seed, experiment.sampling_seed):
+                sides = _sides(pair, arm, target, draft, seed, modules)
+                cells[_cell(experiment, pair, arm, gamma, draw, *sides, modules, prompt_sha256)] = None
     audit = [_audit(cells)] if experiment.method == REPLAY and cells else []
     return [*cells, *audit], list(invalid)
 
@@ -283,7 +109,7 @@ def plan(
 def manifest_names(cells: Iterable[Cell]) -> dict[str, str]:
     """Return {file name stem: model} for every model of the cells. Raises `ValueError` if two models share a name."""
     names: dict[str, str] = {}
-    for model in sorted({side.model for cell in cells for side in (cell.target, cell.draft)}):
+    for model in sorted({side.model for cell in cells for side in cell.sides}):
         stem = manifest_name(model)
         if stem in names:
             raise ValueError(f"model: {model!r} and {names[stem]!r} would share the manifest {stem}.json")
@@ -291,48 +117,9 @@ def manifest_names(cells: Iterable[Cell]) -> dict[str, str]:
     return names
 
 
-def manifest_name(model: str) -> str:
-    """Return a model's name as a file name stem: `/` becomes `--`."""
-    return model.replace("/", "--")
-
-
-def _checked_keys(kind: type, values: Any, where: str) -> dict[str, Any]:
-    """Return the mapping if its keys are the fields of a dataclass; else raises `ValueError`."""
-    wanted = {item.name for item in fields(kind)}
-    if not isinstance(values, dict) or set(values) != wanted:
-        wrong = sorted(wanted ^ set(values)) if isinstance(values, dict) else values
-        raise ValueError(f"{where}: wrong or missing keys {wrong}; needed: {', '.join(sorted(wanted))}")
-    return values
-
-
-def _built(kind: type, values: Any, where: str) -> Any:
-    """Return the dataclass that a mapping describes, with the dataclasses in it."""
-    values = _checked_keys(kind, values, where)
-    for item in fields(kind):
-        if is_dataclass(item.type):
-            values[item.name] = _built(item.type, values[item.name], item.name)
-    return kind(**values)
-
-
-def _manifests(sides: Iterable[Side], results_dir: str | Path) -> list[Path]:
-    stems = sorted({manifest_name(side.model) for side in sides})
-    return [Path(results_dir) / "models" / f"{stem}.json" for stem in stems]
-
-
-def _streams_label(side: Side) -> str:
-    """Return for example `L128_p8_n0`, or `float`."""
-    if side.sc is None:
-        return "float"
-    return f"L{side.sc['sc_stoc_len']}_p{side.sc['sc_prec']}_n{side.sc['sc_seed']}"
-
-
-def _digest(line: _Line) -> str:
-    return hashlib.sha256(line.to_json().encode()).hexdigest()[:12]
-
-
 def _audit(cells: Iterable[Cell]) -> Cell:
     """Return one of the cells as a loop: of the grid, if it has any, and drawn by hash, so the same one every time."""
-    drawn = min(cells, key=lambda cell: (cell.arm != GRID_ARM, _digest(cell)))
+    drawn = min(cells, key=lambda cell: (cell.arm != GRID_ARM, cell.digest()))
     stem = drawn.id.split("/")[2].removesuffix(_SUFFIX[REPLAY])
     return replace(drawn, id=f"{drawn.pair}/{AUDIT_ARM}/{stem}", arm=AUDIT_ARM, method=LOOP)
 

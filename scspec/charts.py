@@ -12,6 +12,7 @@ from math import ceil
 import altair as alt
 import pandas as pd
 
+from scspec.jobs import AUDIT_ARM, GRID_ARM
 from scspec.stats import MIN_PROMPTS, NO_INTERVAL, ONE_SIDED, PLATFORM_COLUMNS
 
 # Okabe & Ito 2008, without yellow and black; lightened for the dark page. Every hue has contrast >= 3 on its page.
@@ -55,7 +56,6 @@ def _theme(name: str) -> dict:
 
 THEMES = {name: _theme(name) for name in _PALETTES}  # Vega-Lite configurations
 
-GRID_ARM, AUDIT_ARM = "sc_sc", "audit"
 ARM_LABELS = {
     GRID_ARM: "SC target, SC draft",
     "identity": "identity: draft = target",

@@ -8,7 +8,8 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +37,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     parser.set_defaults(logged=False)
-    _add_job(commands, "run-cell", "run one cell and write its Parquet file", _run_cell, "prompts_per_batch")
-    texts = "decode a target's own texts, which replayed cells share"
-    _add_job(commands, "run-trajectory", texts, _run_trajectory, "prompts_per_batch")
-    predictions = _add_job(commands, "run-predictions", "run a draft over a target's texts", _run_predictions)
-    predictions.add_argument("--trajectory", type=Path, required=True, help="the target's texts")
-    quality = _add_job(commands, "run-quality", "score a target on a fixed text, beside itself in float", _run_quality)
-    quality.add_argument("--trajectory", type=Path, required=True, help="the float target's texts")
-
-    replay = commands.add_parser("replay", help="derive one cell from texts and predictions: no model runs")
-    replay.add_argument("line", metavar="JSON", help="the cell's JSON line")
-    replay.add_argument("--trajectory", type=Path, required=True, help="the target's texts")
-    replay.add_argument("--predictions", type=Path, required=True, help="the draft's predictions on them")
-    replay.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
-    replay.set_defaults(command=_replay, logged=True)
+    batched = (*_ON_MODELS, "prompts_per_batch")
+    _add_job(commands, "run-cell", "Cell", "run.run_cell", "run one cell and write its Parquet file", batched)
+    says = "decode a target's own texts, which replayed cells share"
+    _add_job(commands, "run-trajectory", "Trajectory", "replay.run_trajectory", says, batched)
+    says = "run a draft over a target's texts"
+    _add_job(commands, "run-predictions", "Predictions", "replay.run_predictions", says, _ON_MODELS, "trajectory")
+    says = "score a target on a fixed text, beside itself in floating point"
+    _add_job(commands, "run-quality", "Quality", "quality.run_quality", says, _ON_MODELS, "trajectory")
+    says = "derive one cell from texts and predictions: no model runs"
+    _add_job(commands, "replay", "Cell", "replay.replay_cell", says, (), "trajectory", "predictions")
 
     fetch = commands.add_parser("fetch", help="fetch a model's files, check and convert them")
     fetch.add_argument("name", metavar="NAME", help="a Hugging Face id, a local folder, or a built-in alias")
@@ -80,75 +77,37 @@ _COUNTS = {
     "gpus": "GPUs that each model is spread over",
     "cells_per_gpu": "jobs that may share a GPU",
 }
+_ON_MODELS = ("threads", "gpus", "cells_per_gpu")
 
 
-def _add_job(commands: Any, name: str, says: str, command: Callable, *more: str) -> argparse.ArgumentParser:
-    """Add and return the command of a job that runs models, with the counts that all of them have and some more."""
+def _add_job(
+    commands: Any, name: str, kind: str, function: str, says: str, counts: tuple[str, ...], *inputs: str
+) -> None:
+    """Add a job's command: `function` of scspec does a job of `kind`, from the files of the jobs it needs."""
     job = commands.add_parser(name, help=says)
     job.add_argument("line", metavar="JSON", help="the job's JSON line")
+    for each in inputs:
+        job.add_argument(f"--{each}", type=Path, required=True, help=f"the Parquet file of its {each}")
     job.add_argument("--output", type=Path, required=True, help="the Parquet file to write")
-    counts = [count for count in _COUNTS if count in {"threads", "gpus", "cells_per_gpu", *more}]
     for count in counts:
         job.add_argument(f"--{count.replace('_', '-')}", type=int, default=1, help=f"{_COUNTS[count]} (default 1)")
-    job.set_defaults(command=command, counts=counts, logged=True)
-    return job
+    job.set_defaults(command=_run_job, kind=kind, function=function, inputs=inputs, counts=counts, logged=True)
 
 
-def _job(arguments: argparse.Namespace, kind: type) -> tuple[Any, dict[str, int]]:
-    """Return what a job's line describes, and its counts; it has its GPUs from now on: torch is to see those alone."""
+def _run_job(arguments: argparse.Namespace) -> None:
+    from scspec import jobs
     from scspec.gpus import claim_gpus
 
     counts = {name: getattr(arguments, name) for name in arguments.counts}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')}: {value} is not allowed; allowed: at least 1")
-    job, cells_per_gpu = kind.from_json(arguments.line), counts.pop("cells_per_gpu")
-    if job.device == "cuda":
+    job, cells_per_gpu = getattr(jobs, arguments.kind).from_json(arguments.line), counts.pop("cells_per_gpu", None)
+    if cells_per_gpu and job.device == "cuda":
         claim_gpus(counts["gpus"], cells_per_gpu)
-    return job, counts
-
-
-def _run_cell(arguments: argparse.Namespace) -> None:
-    from scspec.cells import Cell
-
-    cell, counts = _job(arguments, Cell)
-    from scspec.run import run_cell
-
-    run_cell(cell, arguments.output, **counts)
-
-
-def _run_trajectory(arguments: argparse.Namespace) -> None:
-    from scspec.cells import Trajectory
-
-    trajectory, counts = _job(arguments, Trajectory)
-    from scspec.replay import run_trajectory
-
-    run_trajectory(trajectory, arguments.output, **counts)
-
-
-def _run_predictions(arguments: argparse.Namespace) -> None:
-    from scspec.cells import Predictions
-
-    predictions, counts = _job(arguments, Predictions)
-    from scspec.replay import run_predictions
-
-    run_predictions(predictions, arguments.trajectory, arguments.output, **counts)
-
-
-def _run_quality(arguments: argparse.Namespace) -> None:
-    from scspec.cells import Quality
-
-    quality, counts = _job(arguments, Quality)
-    from scspec.quality import run_quality
-
-    run_quality(quality, arguments.trajectory, arguments.output, **counts)
-
-
-def _replay(arguments: argparse.Namespace) -> None:
-    from scspec.cells import Cell
-    from scspec.replay import replay_cell
-
-    replay_cell(Cell.from_json(arguments.line), arguments.trajectory, arguments.predictions, arguments.output)
+    module, function = arguments.function.split(".")
+    run = getattr(import_module(f"scspec.{module}"), function)  # imports torch, which is to see the claimed GPUs alone
+    run(job, *(getattr(arguments, name) for name in arguments.inputs), arguments.output, **counts)
 
 
 def _fetch(arguments: argparse.Namespace) -> None:

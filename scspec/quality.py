@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from scspec.cells import Quality
 from scspec.checkpoint import FinishedPrompt
 from scspec.decoding import CachedScorer
+from scspec.jobs import Quality
 from scspec.prompts import Prompt, file_sha256
 from scspec.provenance import sha256_of
 from scspec.replay import check_alike, read_trajectory, teacher_forced

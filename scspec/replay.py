@@ -22,10 +22,10 @@ import pandas as pd
 import pyarrow as pa
 import torch
 
-from scspec.cells import Cell, Predictions, Trajectory
 from scspec.checkpoint import FinishedPrompt
 from scspec.config import REPLAY
 from scspec.decoding import Block, CachedScorer, SamplingConfig, greedy_ids, sampling
+from scspec.jobs import Cell, Predictions, Trajectory
 from scspec.prompts import Prompt
 from scspec.provenance import sha256_of
 from scspec.results import METADATA_KEYS, read_rows, write_cell, write_rows

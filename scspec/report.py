@@ -23,8 +23,6 @@ from markupsafe import Markup
 
 from scspec.charts import (
     ARM_LABELS,
-    AUDIT_ARM,
-    GRID_ARM,
     THEMES,
     alpha_chart,
     controls_chart,
@@ -38,6 +36,7 @@ from scspec.charts import (
 )
 from scspec.config import REPLAY
 from scspec.hardware import modelled
+from scspec.jobs import AUDIT_ARM, GRID_ARM
 from scspec.results import (
     CONTINUATIONS,
     QUALITY_KEYS,

@@ -5,10 +5,10 @@ from collections import defaultdict
 from itertools import count
 from pathlib import Path
 
-from scspec.cells import Cell
 from scspec.checkpoint import FinishedPrompt
 from scspec.config import LOOP
 from scspec.decoding import Block
+from scspec.jobs import Cell
 from scspec.prompts import Prompt
 from scspec.results import write_cell
 from scspec.task import Save, Task

@@ -11,10 +11,10 @@ import torch
 from tqdm import tqdm
 
 from scspec import provenance
-from scspec.cells import Cell, Side, Trajectory
 from scspec.checkpoint import Checkpoint, FinishedPrompt
 from scspec.decoding import Block, CachedScorer, Conversation, Draws, SamplingConfig, Turn, decode_batch, key_from
 from scspec.hardware import cost_per_token, sc_mac_share
+from scspec.jobs import Cell, Side, Trajectory
 from scspec.models import check_placement, check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
 from scspec.patching import knobs_of
 from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scspec.cells import RESEED_OFFSET, Cell, Invalid, Quality, Side, expand, manifest_names, plan, qualities
+from scspec.cells import RESEED_OFFSET, Invalid, expand, manifest_names, plan, qualities
 from scspec.config import BACKENDS, DTYPES, load_experiment, read_config
+from scspec.jobs import Cell, Quality, Side
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PROMPTS = str(REPOSITORY / "prompts" / "smoke.jsonl")

@@ -16,9 +16,10 @@ import pytest
 from tiny import tiny_cells
 
 from scspec import provenance, run, task
-from scspec.cells import Cell, expand
+from scspec.cells import expand
 from scspec.checkpoint import Checkpoint, FinishedPrompt
 from scspec.config import load_experiment, read_config
+from scspec.jobs import Cell
 from scspec.prompts import file_sha256
 from scspec.results import read_cell
 from scspec.task import Task

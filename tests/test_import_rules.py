@@ -16,6 +16,7 @@ RULES = [
     ("decoding/*.py", {"scspec.sc", "scspec.invariant", "scspec.config", "scspec.cells", "transformers", "altair"}),
     ("config.py", {"torch", "transformers"}),
     ("cells.py", {"torch", "transformers"}),
+    ("jobs.py", {"torch", "transformers", "scspec.cells"}),
     ("prompts.py", {"torch", "transformers"}),
     ("stats/*.py", {"torch", "transformers", "altair", "scspec.quality"}),
     ("results.py", {"torch", "transformers", "altair"}),

@@ -11,8 +11,9 @@ from tiny import tiny_cells, tiny_model
 from transformers import AutoModelForCausalLM
 
 from scspec import task
-from scspec.cells import GREEDY, Quality
+from scspec.cells import GREEDY
 from scspec.decoding import CachedScorer
+from scspec.jobs import Quality
 from scspec.quality import WINDOW_TOKENS, log_softmax, run_quality, score_text
 from scspec.replay import run_trajectory
 from scspec.results import QUALITY_KEYS, QUALITY_SCHEMA, read_rows

@@ -11,8 +11,9 @@ import pytest
 from tiny import tiny_cells
 
 from scspec import provenance
-from scspec.cells import GREEDY, Cell, Predictions, Trajectory, expand
+from scspec.cells import GREEDY, expand
 from scspec.config import load_experiment, read_config
+from scspec.jobs import Cell, Predictions, Trajectory
 from scspec.replay import Text, blocks_of, replay_cell, run_predictions, run_trajectory
 from scspec.results import check_identities, read_cell
 from scspec.run import run_cell

@@ -5,8 +5,9 @@ import json
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from scspec.cells import Cell, expand
+from scspec.cells import expand
 from scspec.config import load_experiment
+from scspec.jobs import Cell
 
 
 def tiny_config(**changed) -> LlamaConfig:
