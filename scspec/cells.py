@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from scspec.config import LOOP, REPLAY, Experiment, Pair, Sampling, SideConfig
 from scspec.jobs import AUDIT_ARM, GRID_ARM, PAST_END_STEP, Cell, Quality, Side, manifest_name
+from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
 
 RESEED_OFFSET = 1000  # independent noise, as in the arm `reseed`: the draft's sc_seed is the target's plus this
@@ -127,7 +127,7 @@ def _audit(cells: Iterable[Cell]) -> Cell:
 def _sha256(path: str, where: str, allowed: str) -> str:
     """Return the SHA-256 of a file's bytes. Raises `FileNotFoundError` that says where it was named."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise FileNotFoundError(f"{where}: {path!r} cannot be read ({error.strerror}); allowed: {allowed}") from None
 

@@ -55,12 +55,6 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def file_sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes as 64 hex digits. Raises `FileNotFoundError` if it is missing."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def encode_turn(
     tokenizer: Any, history: Sequence[dict[str, str]], user_text: str, date_string: str = TEMPLATE_DATE
 ) -> list[int]:

@@ -86,7 +86,7 @@ def device_name(device: str) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
+def sha256_of(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes as 64 hex digits. Raises `FileNotFoundError` if it is missing."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

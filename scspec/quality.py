@@ -15,11 +15,11 @@ import numpy as np
 from scspec.checkpoint import FinishedPrompt
 from scspec.decoding import CachedScorer
 from scspec.jobs import Quality
-from scspec.prompts import Prompt, file_sha256
+from scspec.prompts import Prompt
 from scspec.provenance import sha256_of
 from scspec.replay import check_alike, read_trajectory, teacher_forced
 from scspec.results import CONTINUATIONS, QUALITY_KEYS, QUALITY_SCHEMA, TEXT_FILE, write_rows
-from scspec.task import Save, Task
+from scspec.task import Save, Task, check_planned
 
 #: Tokens of a text file that are scored with one context: the first of each window is only read.
 WINDOW_TOKENS = 512
@@ -48,20 +48,17 @@ def run_quality(quality: Quality, trajectory_path: Path, output: Path, *, thread
             rows = [_continuation_row(scorers, turn) for turn in turns]
             save(FinishedPrompt(prompt.prompt_id, [turn.prompt_ids.tolist() for turn in turns], rows))
 
-    finished, metadata = task.complete(metadata, score)
-    rows = [row for prompt in finished for row in prompt.rows]
-    rows += [_window_row(scorers, number, window) for number, window in enumerate(windows)]
-    write_rows(output, rows, metadata, QUALITY_SCHEMA, QUALITY_KEYS)
-    task.checkpoint.remove()
+    def write(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
+        rows += [_window_row(scorers, number, window) for number, window in enumerate(windows)]
+        write_rows(output, rows, metadata, QUALITY_SCHEMA, QUALITY_KEYS)
+
+    task.complete(metadata, score, write)
 
 
 def _text(quality: Quality) -> str:
     if quality.text_file is None:
         return ""
-    found = file_sha256(quality.text_file)
-    if found != quality.text_sha256:
-        wanted = f"the quality was planned with {quality.text_sha256}"
-        raise ValueError(f"quality.text_file {quality.text_file}: its SHA-256 is {found}, {wanted}")
+    check_planned(quality.text_file, quality.text_sha256, "quality.text_file", "quality")
     try:
         return Path(quality.text_file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -73,7 +70,7 @@ def _windows(task: Task, text: str) -> Iterator[np.ndarray]:
     if not text:
         return
     ids = np.array(task.tokenizer.encode(text, add_special_tokens=False), dtype=np.int64)
-    size = min(WINDOW_TOKENS, *(model.config.max_position_embeddings for model in task.models.values()))
+    size = min(WINDOW_TOKENS, task.limit)
     windows = [ids[begin : begin + size] for begin in range(0, len(ids), size)]
     if len(ids) < 2:
         raise ValueError(f"quality.text_file: {len(ids)} tokens; allowed: at least 2")

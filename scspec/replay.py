@@ -76,38 +76,25 @@ def run_trajectory(
     metadata = {"trajectory": json.loads(trajectory.to_json()), "eos_token_ids": sorted(task.eos_token_ids)}
 
     def decode(prompts: list[Prompt], save: Save) -> None:
-        _decode(task, prompts, save, prompts_per_batch)
+        options = {"gamma": 0, "slots": prompts_per_batch, "past_end": trajectory.past_end}
+        task.decode(prompts, save, _text_rows, **options)
 
-    finished, metadata = task.complete({**metadata, **task.metadata()}, decode)
-    write_rows(
-        output, [row for prompt in finished for row in prompt.rows], metadata, TRAJECTORY_SCHEMA, TRAJECTORY_KEYS
-    )
-    task.checkpoint.remove()
+    def write(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
+        write_rows(output, rows, metadata, TRAJECTORY_SCHEMA, TRAJECTORY_KEYS)
 
-
-def _decode(task: Task, prompts: list[Prompt], save: Save, slots: int) -> None:
-    token_ids, blocks = [[] for _ in prompts], [[] for _ in prompts]
-    options = {"gamma": 0, "slots": slots, "past_end": task.spec.past_end}
-    for index, turn, block in task.decode(prompts, token_ids, **options):
-        prompt = prompts[index]
-        blocks[index].append((turn, block))
-        if block.stop and turn == len(prompt.turns) - 1:
-            rows = [_text_row(prompt, token_ids[index], blocks[index], turn) for turn in range(len(prompt.turns))]
-            save(FinishedPrompt(prompt.prompt_id, token_ids[index], rows))
+    task.complete({**metadata, **task.metadata()}, decode, write)
 
 
-def _text_row(prompt: Prompt, token_ids: list[list[int]], blocks: list[tuple[int, Block]], turn: int) -> dict[str, Any]:
-    own = [block for its_turn, block in blocks if its_turn == turn]
-    return {
-        "prompt_id": prompt.prompt_id,
-        "turn": turn,
-        "category": prompt.category,
-        "prompt_ids": token_ids[turn],
-        "text_ids": [block.emitted[0] for block in own],
-        "tokens": sum(block.kept for block in own),
-        "stop": own[-1].stop,
-        "margin": [block.margin[0] for block in own],
+def _text_rows(prompt_ids: list[int], blocks: list[Block]) -> list[dict[str, Any]]:
+    """The one row of a turn, whose blocks are a token each."""
+    text = {
+        "prompt_ids": prompt_ids,
+        "text_ids": [block.emitted[0] for block in blocks],
+        "tokens": sum(block.kept for block in blocks),
+        "stop": blocks[-1].stop,
+        "margin": [block.margin[0] for block in blocks],
     }
+    return [text]
 
 
 def run_predictions(
@@ -136,10 +123,11 @@ def run_predictions(
 
     capacity = int((texts["prompt_ids"].map(len) + texts["text_ids"].map(len)).max())
     scorers = {name: CachedScorer(model, capacity) for name, model in task.models.items()}
-    finished, metadata = task.complete(metadata, predict)
-    rows = [row for prompt in finished for row in prompt.rows]
-    write_rows(output, rows, metadata, PREDICTIONS_SCHEMA, PREDICTIONS_KEYS)
-    task.checkpoint.remove()
+
+    def write(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
+        write_rows(output, rows, metadata, PREDICTIONS_SCHEMA, PREDICTIONS_KEYS)
+
+    task.complete(metadata, predict, write)
 
 
 def _prediction_row(task: Task, scorers: dict[str, CachedScorer], text: Any) -> dict[str, Any]:

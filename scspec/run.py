@@ -1,11 +1,8 @@
 """`run_cell`: one cell of the grid as a loop of draft and target, from its settings to its Parquet file."""
 
 import json
-from collections import defaultdict
-from itertools import count
 from pathlib import Path
 
-from scspec.checkpoint import FinishedPrompt
 from scspec.config import LOOP
 from scspec.decoding import Block
 from scspec.jobs import Cell
@@ -26,14 +23,16 @@ def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: i
         raise ValueError(f"method={cell.method!r} of cell {cell.id}: a loop runs cells of method 'loop' alone")
     sides = {"target": cell.target, "draft": cell.draft}
     task = Task.load(cell, sides, output, beyond=cell.gamma + 1, threads=threads, gpus=gpus)
-    keys = key_columns(cell, metadata := {"cell": json.loads(cell.to_json()), **task.metadata()})
+    metadata = {"cell": json.loads(cell.to_json()), **task.metadata()}
+    keys = key_columns(cell, metadata)
 
     def decode(prompts: list[Prompt], save: Save) -> None:
-        _decode(task, prompts, save, prompts_per_batch)
+        task.decode(prompts, save, _block_rows, gamma=cell.gamma, slots=prompts_per_batch)
 
-    finished, metadata = task.complete(metadata, decode)
-    write_cell(output, [{**keys, **row} for prompt in finished for row in prompt.rows], metadata)
-    task.checkpoint.remove()
+    def write(rows: list[dict], metadata: dict) -> None:
+        write_cell(output, [{**keys, **row} for row in rows], metadata)
+
+    task.complete(metadata, decode, write)
 
 
 def key_columns(cell: Cell, metadata: dict) -> dict:
@@ -62,29 +61,22 @@ def key_columns(cell: Cell, metadata: dict) -> dict:
     return keys
 
 
-def _decode(task: Task, prompts: list[Prompt], save: Save, slots: int) -> None:
-    """Decode the prompts and hand each to `save` when its last turn has ended, in whatever order they come."""
-    token_ids, rows, block_numbers = [[] for _ in prompts], [[] for _ in prompts], defaultdict(count)
-    for index, turn, block in task.decode(prompts, token_ids, gamma=task.spec.gamma, slots=slots):
-        prompt = prompts[index]
-        where = {"prompt_id": prompt.prompt_id, "category": prompt.category, "turn": turn}
-        numbers = {"prompt_tokens": len(token_ids[index][turn]), "block": next(block_numbers[index, turn])}
-        rows[index].append({**where, **numbers, **_block_row(block)})
-        if block.stop and turn == len(prompt.turns) - 1:
-            save(FinishedPrompt(prompt.prompt_id, token_ids[index], rows[index]))
-
-
-def _block_row(block: Block) -> dict:
-    return {
-        "start": block.start,
-        "weight": 1.0,
-        "proposed_ids": block.proposed,
-        "emitted_ids": block.emitted,
-        "accepted": block.accepted,
-        "kept": block.kept,
-        "beta": block.beta,
-        "margin": block.margin,
-        "stop": block.stop,
-        "draft_time_s": block.draft_time_s,
-        "verify_time_s": block.verify_time_s,
-    }
+def _block_rows(prompt_ids: list[int], blocks: list[Block]) -> list[dict]:
+    return [
+        {
+            "prompt_tokens": len(prompt_ids),
+            "block": number,
+            "start": block.start,
+            "weight": 1.0,
+            "proposed_ids": block.proposed,
+            "emitted_ids": block.emitted,
+            "accepted": block.accepted,
+            "kept": block.kept,
+            "beta": block.beta,
+            "margin": block.margin,
+            "stop": block.stop,
+            "draft_time_s": block.draft_time_s,
+            "verify_time_s": block.verify_time_s,
+        }
+        for number, block in enumerate(blocks)
+    ]

@@ -17,7 +17,8 @@ from scspec.hardware import cost_per_token, sc_mac_share
 from scspec.jobs import Cell, Side, Trajectory
 from scspec.models import check_placement, check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
 from scspec.patching import knobs_of
-from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
+from scspec.prompts import Prompt, encode_turn, load_prompts, token_ids_sha256
+from scspec.provenance import sha256_of
 from scspec.results import SCHEMA_VERSION
 from scspec.sc.knobs import PRESETS, resolve_knobs
 
@@ -25,6 +26,9 @@ from scspec.sc.knobs import PRESETS, resolve_knobs
 WARM_UP_BLOCKS = 4
 
 Save = Callable[[FinishedPrompt], None]
+Write = Callable[[list[dict[str, Any]], dict[str, Any]], None]
+#: (ids that a turn started from, its blocks) -> its rows, without what says which turn it is.
+RowsOf = Callable[[list[int], list[Block]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,18 @@ class Task:
             },
         }
 
-    def complete(
-        self, metadata: dict[str, Any], work: Callable[[list[Prompt], Save], None]
-    ) -> tuple[list[FinishedPrompt], dict[str, Any]]:
-        """Return all prompts, finished, and the metadata with prompts and times.
+    @property
+    def limit(self) -> int:
+        """How many positions all of the models have."""
+        return min(model.config.max_position_embeddings for model in self.models.values())
+
+    def complete(self, metadata: dict[str, Any], work: Callable[[list[Prompt], Save], None], write: Write) -> None:
+        """Do the work and write the output; then nothing of it is kept for another run.
 
         `work` gets the prompts that no earlier run of the same settings, sources and device has finished, and saves
         each as it finishes (`checkpoint`). All that could change a result is in the metadata; `dirty` is left out
-        of what earlier runs must share: the sources are in, and not a config.yaml.
+        of what earlier runs must share: the sources are in, and not a config.yaml. `write` gets the rows of all
+        prompts, and the metadata with prompts and times.
         """
         checkpoint = self.checkpoint
         key = {name: value for name, value in metadata.items() if name != "dirty"}
@@ -104,35 +112,52 @@ class Task:
         work([prompt for prompt in self.prompts if prompt.prompt_id not in checkpoint.finished], checkpoint.save)
         finished = [checkpoint.finished[prompt.prompt_id] for prompt in self.prompts]
         attempts = checkpoint.attempts()
-        return finished, {
-            **metadata,
-            "prompts": {
-                "file": self.spec.prompt_file,
-                "sha256": self.spec.prompt_sha256,
-                "count": len(finished),
-                "token_ids_sha256": token_ids_sha256(ids for prompt in finished for ids in prompt.token_ids),
-            },
+        prompts = {
+            "file": self.spec.prompt_file,
+            "sha256": self.spec.prompt_sha256,
+            "count": len(finished),
+            "token_ids_sha256": token_ids_sha256(ids for prompt in finished for ids in prompt.token_ids),
+        }
+        times = {
             "started_at": attempts[0]["started_at"],
             "wall_time_s": sum(attempt["wall_time_s"] for attempt in attempts),
             "attempts": attempts,
         }
+        write([row for prompt in finished for row in prompt.rows], {**metadata, "prompts": prompts, **times})
+        checkpoint.remove()
 
     def decode(
-        self, prompts: list[Prompt], token_ids: list[list[list[int]]], *, gamma: int, slots: int, past_end: int = 0
-    ) -> Iterator[tuple[int, int, Block]]:
-        """Yield (index of the prompt, turn, block), `slots` prompts side by side; gamma 0 is the target alone.
+        self, prompts: list[Prompt], save: Save, rows_of: RowsOf, *, gamma: int, slots: int, past_end: int = 0
+    ) -> None:
+        """Decode the prompts and hand each to `save` when its last turn has ended, in whatever order they come.
 
-        Each turn's ids are appended to its prompt's `token_ids`. Progress goes to stderr.
+        `slots` prompts are decoded side by side; gamma 0 is the target alone. `rows_of` makes the rows of a turn.
+        Progress goes to stderr.
         """
+        token_ids, rows, blocks = [[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts]
+        for index, turn, block in self._blocks(prompts, token_ids, gamma=gamma, slots=slots, past_end=past_end):
+            prompt = prompts[index]
+            blocks[index].append(block)
+            if not block.stop:
+                continue
+            where = {"prompt_id": prompt.prompt_id, "category": prompt.category, "turn": turn}
+            rows[index] += [{**where, **row} for row in rows_of(token_ids[index][turn], blocks[index])]
+            blocks[index].clear()
+            if turn == len(prompt.turns) - 1:
+                save(FinishedPrompt(prompt.prompt_id, token_ids[index], rows[index]))
+
+    def _blocks(
+        self, prompts: list[Prompt], token_ids: list[list[list[int]]], *, gamma: int, slots: int, past_end: int
+    ) -> Iterator[tuple[int, int, Block]]:
+        """Yield (index of the prompt, turn, block); each turn's ids are appended to its prompt's `token_ids`."""
         if not prompts:
             return
         slots, capacity = min(slots, len(prompts)), self._capacity(prompts)
         target = CachedScorer(self.models["target"], capacity, slots)
         draft = CachedScorer(self.models["draft"], capacity, slots) if gamma else None
         options = {"gamma": gamma, "sampling": SamplingConfig(**vars(self.spec.sampling))}
-        for _ in decode_batch(
-            target, draft, self._warm_up(prompts[0], slots, gamma), **options, eos_token_ids=frozenset()
-        ):
+        warm_up = self._warm_up(prompts[0], slots, gamma)
+        for _ in decode_batch(target, draft, warm_up, **options, eos_token_ids=frozenset()):
             pass
         conversations = [
             self._conversation(prompt, ids, past_end) for prompt, ids in zip(prompts, token_ids, strict=True)
@@ -161,10 +186,9 @@ class Task:
     def _conversation(self, prompt: Prompt, token_ids: list[list[int]], past_end: int) -> Conversation:
         """Yield the prompt's turns, each after the reply to the one before, and append their ids to `token_ids`."""
         spec, history = self.spec, []
-        limit = min(model.config.max_position_embeddings for model in self.models.values())
         for turn, text in enumerate(prompt.turns):
             ids = encode_turn(self.tokenizer, history, text)
-            _check_length(spec, prompt, turn, len(ids), self.beyond, limit)
+            _check_length(spec, prompt, turn, len(ids), self.beyond, self.limit)
             token_ids.append(ids)
             draws = Draws(key_from(spec.sampling_seed, prompt.prompt_id, turn))
             new_ids = yield Turn(ids, spec.max_new_tokens, draws, past_end)
@@ -175,15 +199,17 @@ class Task:
         """Return the positions that the longest prompt is likely to need; replies may encode to more tokens again."""
         asked = [[len(encode_turn(self.tokenizer, [], text)) for text in prompt.turns] for prompt in prompts]
         likely = max(sum(turns) + len(turns) * self.spec.max_new_tokens for turns in asked) + self.beyond - 1
-        return min(likely, *(model.config.max_position_embeddings for model in self.models.values()))
+        return min(likely, self.limit)
+
+
+def check_planned(path: str, sha256: str, setting: str, job: str) -> None:
+    """Raise ValueError if the file that a setting names is not the one that a job was planned with."""
+    if (found := sha256_of(path)) != sha256:
+        raise ValueError(f"{setting} {path}: its SHA-256 is {found}, the {job} was planned with {sha256}")
 
 
 def _checked_prompts(spec: Cell | Trajectory) -> list[Prompt]:
-    found = file_sha256(spec.prompt_file)
-    if found != spec.prompt_sha256:
-        raise ValueError(
-            f"prompt_file {spec.prompt_file}: its SHA-256 is {found}, the cell was planned with {spec.prompt_sha256}"
-        )
+    check_planned(spec.prompt_file, spec.prompt_sha256, "prompt_file", "cell")
     return load_prompts(spec.prompt_file)[: spec.prompt_limit]
 
 

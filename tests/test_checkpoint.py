@@ -20,7 +20,7 @@ from scspec.cells import expand
 from scspec.checkpoint import Checkpoint, FinishedPrompt
 from scspec.config import load_experiment, read_config
 from scspec.jobs import Cell
-from scspec.prompts import file_sha256
+from scspec.provenance import sha256_of
 from scspec.results import read_cell
 from scspec.task import Task
 
@@ -42,14 +42,14 @@ def cells(tmp_path_factory):
 
 def killed(cell: Cell, output: Path, blocks: int, **arguments) -> None:
     """Run a cell that dies when it has decoded so many blocks."""
-    decode = Task.decode
+    decode = Task._blocks
 
     def some(*its_arguments, **its_options):
         yield from islice(decode(*its_arguments, **its_options), blocks)
         raise KilledError
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Task, "decode", some)
+        patched.setattr(Task, "_blocks", some)
         with pytest.raises(KilledError):
             run.run_cell(cell, output, **arguments)
 
@@ -121,12 +121,12 @@ def pending(cell: Cell, output: Path, monkeypatch, **arguments) -> list[str]:
     """The ids of the prompts that a run would decode now; it dies before it does."""
     asked = []
 
-    def decode(task, prompts, save, slots):
+    def decode(task, prompts, save, rows_of, **options):
         asked.extend(prompt.prompt_id for prompt in prompts)
         raise KilledError
 
     with monkeypatch.context() as patched:
-        patched.setattr(run, "_decode", decode)
+        patched.setattr(Task, "decode", decode)
         with pytest.raises(KilledError):
             run.run_cell(cell, output, **arguments)
     return asked
@@ -138,7 +138,7 @@ def one_saved(cells, tmp_path) -> Path:
     output = tmp_path / "cell.parquet"
     with pytest.MonkeyPatch.context() as patched:
         finished = FinishedPrompt("0", [[1]], [{"turn": 0}])
-        patched.setattr(run, "_decode", lambda task, prompts, save, slots: save(finished))
+        patched.setattr(Task, "decode", lambda task, prompts, save, *_, **__: save(finished))
         with pytest.raises(KeyError):  # the other prompts are missing
             run.run_cell(cells["sc_sc"], output)
     assert len(saved(output)) == 1
@@ -269,7 +269,7 @@ def no_space(*_, **__) -> None:
 
 
 def test_a_full_disk_ends_the_run_before_anything_is_decoded(cells, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "_decode", lambda *_: pytest.fail("decoded, and could not save"))
+    monkeypatch.setattr(Task, "decode", lambda *_, **__: pytest.fail("decoded, and could not save"))
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match=r"No space left on device: '.*/\.cell\.parquet\..*\.partial'$"):
         run.run_cell(cells["sc_sc"], tmp_path / "cell.parquet")
@@ -326,7 +326,7 @@ def smollm2_cell(**changed) -> Cell:
     cells, _ = expand(load_experiment(read_config(REPOSITORY / "config.yaml")))
     cell = next(cell for cell in cells if cell.arm == "sc_sc" and cell.stoc_len == 64)
     prompts = str(REPOSITORY / "prompts/smoke.jsonl")
-    return dataclasses.replace(cell, prompt_file=prompts, prompt_sha256=file_sha256(prompts), **changed)
+    return dataclasses.replace(cell, prompt_file=prompts, prompt_sha256=sha256_of(prompts), **changed)
 
 
 def start(cell: Cell, output: Path, *program: str) -> subprocess.Popen:

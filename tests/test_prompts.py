@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from scspec import prompts
-from scspec.prompts import Prompt, encode_turn, file_sha256, load_prompts, token_ids_sha256
+from scspec.prompts import Prompt, encode_turn, load_prompts, token_ids_sha256
+from scspec.provenance import sha256_of
 
 PROMPT_DIR = Path(__file__).parents[1] / "prompts"
 CATEGORIES = (
@@ -179,7 +180,7 @@ def test_a_missing_file_is_named(tmp_path):
         load_prompts(path)
     assert str(path) in str(caught.value)
     with pytest.raises(FileNotFoundError):
-        file_sha256(path)
+        sha256_of(path)
 
 
 # ---- token ids
@@ -291,11 +292,11 @@ def test_a_real_tokenizer_gives_a_flat_list_and_the_pinned_date():
 # ---- hashes
 
 
-def test_file_sha256_is_the_hash_of_the_bytes(tmp_path):
+def test_sha256_of_a_file_is_the_hash_of_the_bytes(tmp_path):
     path = write(tmp_path, GOOD)
-    assert file_sha256(path) == hashlib.sha256(GOOD).hexdigest()
+    assert sha256_of(path) == hashlib.sha256(GOOD).hexdigest()
     path.write_bytes(GOOD.replace(b"\n", b"\r\n"))
-    assert file_sha256(str(path)) != hashlib.sha256(GOOD).hexdigest()
+    assert sha256_of(str(path)) != hashlib.sha256(GOOD).hexdigest()
 
 
 def test_token_ids_sha256_does_not_move():

@@ -9,7 +9,8 @@ from tiny import tiny_cells
 from scspec import run, task
 from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_tokens, key_from
 from scspec.models import load_model, load_tokenizer
-from scspec.prompts import encode_turn, file_sha256
+from scspec.prompts import encode_turn
+from scspec.provenance import sha256_of
 from scspec.results import check_identities, read_cell
 
 PROMPTS = [
@@ -57,7 +58,7 @@ def test_prompts_side_by_side_give_the_same_rows(cells, tmp_path, arm):
     prompts = [{"question_id": str(i), "category": "letters", "turns": turns} for i, turns in enumerate(texts)]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    cell = dataclasses.replace(cells[arm], prompt_file=str(file), prompt_sha256=file_sha256(str(file)))
+    cell = dataclasses.replace(cells[arm], prompt_file=str(file), prompt_sha256=sha256_of(str(file)))
     runs = [run_to(tmp_path / f"{n}.parquet", cell, prompts_per_batch=n) for n in (1, 2, 3, 8)]
     rows = [blocks.drop(columns=["draft_time_s", "verify_time_s"]).map(str) for blocks, _ in runs]
     places = [(int(row.prompt_id), int(row.turn), int(row.block)) for row in rows[0].itertuples()]
