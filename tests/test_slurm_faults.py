@@ -57,7 +57,7 @@ def the_job(slurm: SlurmBox, state: str) -> str:
         jobs = slurm.jobs()
         return next(iter(jobs)) if list(jobs.values()) == [state] else None
 
-    return wait(found, 60)
+    return wait(found, 180)
 
 
 def held_job(slurm: SlurmBox, project: Project, prompts: int = 2) -> str:
@@ -67,7 +67,7 @@ def held_job(slurm: SlurmBox, project: Project, prompts: int = 2) -> str:
 
 
 def leaves(slurm: SlurmBox, job: str) -> None:
-    wait(lambda: job not in slurm.jobs(), 60)
+    wait(lambda: job not in slurm.jobs(), 180)
 
 
 def processes_of(job: str) -> list[psutil.Process]:
