@@ -8,7 +8,7 @@ Not covered: a page per pair or cell.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,12 @@ from scspec.charts import (
     alpha_chart,
     controls_chart,
     decoding,
-    draft_labels,
-    interval_text,
-    number,
     quality_chart,
     speedup_chart,
     tau_chart,
 )
-from scspec.config import REPLAY
 from scspec.hardware import modelled
-from scspec.jobs import AUDIT_ARM, GRID_ARM
+from scspec.jobs import GRID_ARM
 from scspec.results import (
     CONTINUATIONS,
     QUALITY_KEYS,
@@ -47,15 +43,13 @@ from scspec.results import (
     read_rows,
 )
 from scspec.stats import MIN_PROMPTS, NO_INTERVAL, PLATFORM_COLUMNS, summarise, summarise_quality
+from scspec.tables import cell_tables, controls_of, quality_rows
+from scspec.verdicts import BROKEN, HOLDS, audit_verdicts, identity_verdicts, platform_groups, platform_text
 
-IDENTITY = "identity"
-HOLDS, BROKEN, NOT_RUN, SAMPLED = "holds", "BROKEN: the run is broken", "not run", "sampled: other texts"
-_AUDITED = ["prompt_id", "turn", "block", "start", "emitted_ids", "accepted", "kept", "beta", "margin", "stop"]
 _QUALITY_COLUMNS = {  # of the summary -> of a target's quality
     **{name: name for name in ("perplexity", "float_perplexity", "quality_loss", "quality_loss_lo", "quality_loss_hi")},
     **{"target_tv": "tv", "target_kl": "kl"},
 }
-_TABLE_ORDER = ["rank", "sc_prec", "gamma", "stoc_len", "draft_stoc_len", "sc_seed", "sampling_seed"]
 
 
 def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_path: Path | str) -> pd.DataFrame:
@@ -161,8 +155,8 @@ def _page(
         "control_charts": control_charts,
         "verdicts": verdicts,
         "audits": audits,
-        "tables": _tables(summary),
-        "quality": _quality_rows(quality, plan),
+        "tables": cell_tables(summary),
+        "quality": quality_rows(quality, plan),
         "stem": out_path.stem,
         "missing": missing,
         "arm_labels": ARM_LABELS,
@@ -178,27 +172,17 @@ def _columns(entries: list[dict[str, Any]]) -> list[str]:
     return [*(name for name in names if name != "reason"), "reason"]
 
 
-def _platform(device_name: str, dtype: str, backend: str) -> str:
-    return f"{device_name}, {dtype}, backend {backend}"
-
-
 def _platforms(summary: pd.DataFrame) -> dict[str, int]:
     """What the cells were computed on -> how many of them."""
     counts = summary.groupby(list(PLATFORM_COLUMNS), sort=True).size()
-    return {_platform(*names): int(count) for names, count in counts.items()}
-
-
-def _groups(summary: pd.DataFrame, *names: str) -> Iterator[tuple[tuple, str, pd.DataFrame]]:
-    """Yields (values of the columns, platform, cells): cells that may stand in one chart or table."""
-    for values, cells in summary.groupby([*names, *PLATFORM_COLUMNS], sort=True):
-        yield values[: len(names)], _platform(*values[len(names) :]), cells
+    return {platform_text(*names): int(count) for names, count in counts.items()}
 
 
 def _sections(summary: pd.DataFrame) -> list[dict[str, Any]]:
     """Charts of the grid: a section per pair, way of decoding and platform."""
     grid = summary[summary["arm"] == GRID_ARM]
     sections = []
-    for index, ((pair, do_sample), platform, cells) in enumerate(_groups(grid, "pair", "do_sample")):
+    for index, ((pair, do_sample), platform, cells) in enumerate(platform_groups(grid, "pair", "do_sample")):
         bars = f"drafts are moved sideways a little to keep them apart, and {_bars(cells)}."
         charts = {
             "Acceptance": _chart(f"alpha-{index}", alpha_chart(cells), f"{_READ_ALPHA[do_sample]} {bars}"),
@@ -252,74 +236,15 @@ def _chart(chart_id: str, chart: alt.TopLevelMixin, caption: str) -> dict[str, A
     return {"id": chart_id, "spec": spec, "label": spec["description"], "caption": caption}
 
 
-def _controls(summary: pd.DataFrame) -> pd.DataFrame:
-    return summary[~summary["arm"].isin([GRID_ARM, AUDIT_ARM])]
-
-
 def _control_charts(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    controls = _controls(summary)
+    controls = controls_of(summary)
     return [
         {
             **_chart(f"controls-{index}", controls_chart(cells), f"{_READ_CONTROLS} {_bars(cells)}."),
             **{"pair": pair, "decoding": decoding(do_sample), "platform": platform},
         }
-        for index, ((pair, do_sample), platform, cells) in enumerate(_groups(controls, "pair", "do_sample"))
+        for index, ((pair, do_sample), platform, cells) in enumerate(platform_groups(controls, "pair", "do_sample"))
     ]
-
-
-def identity_verdicts(summary: pd.DataFrame, pairs: Iterable[str] = ()) -> list[dict[str, str]]:
-    """Per pair and platform, whether its `identity` cells hold: beta exactly 1 everywhere, every proposal accepted.
-
-    A pair that is in `pairs` only has a verdict too, with no platform.
-    """
-    verdicts = [
-        {"pair": pair, "platform": platform, **_identity_verdict(cells[cells["arm"] == IDENTITY])}
-        for (pair,), platform, cells in _groups(summary, "pair")
-    ]
-    without_cells = [pair for pair in dict.fromkeys(pairs) if pair not in set(summary["pair"])]
-    nothing = _identity_verdict(summary.iloc[:0])
-    return verdicts + [{"pair": pair, "platform": "", **nothing} for pair in without_cells]
-
-
-def _identity_verdict(cells: pd.DataFrame) -> dict[str, str]:
-    broken = cells[(cells["beta_min"] != 1) | (cells["acceptance_rate"] != 1)]
-    if cells.empty:
-        return {"verdict": NOT_RUN, "detail": "no identity cell: nothing shows that the run is exact"}
-    if broken.empty:
-        return {"verdict": HOLDS, "detail": f"alpha is exactly 1 over {cells['tokens'].sum():,} tokens"}
-    worst = broken.loc[broken["alpha"].idxmin()]
-    return {"verdict": BROKEN, "detail": f"alpha is {number(worst['alpha'])} in {worst['cell_id']}, and must be 1"}
-
-
-def audit_verdicts(blocks: pd.DataFrame, summary: pd.DataFrame, plan: dict[str, Any]) -> list[dict[str, str]]:
-    """Of a replayed plan, whether the cell that was run as a loop too has the blocks that its replay derived.
-
-    Greedy blocks must be equal, one by one. Sampled ones are of another text: their tau is shown beside the expected.
-    """
-    return [
-        {"cell": audit["id"], **_audit_verdict(blocks, summary, audit["id"], _replay_of(audit, plan["cells"])["id"])}
-        for audit in plan["cells"]
-        if audit["arm"] == AUDIT_ARM
-    ]
-
-
-def _replay_of(audit: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
-    own = ("id", "arm", "method", "path")
-    same = [cell for cell in cells if all(cell[name] == audit[name] for name in audit if name not in own)]
-    return next(cell for cell in same if cell["method"] == REPLAY)
-
-
-def _audit_verdict(blocks: pd.DataFrame, summary: pd.DataFrame, loop_id: str, replay_id: str) -> dict[str, str]:
-    loop, replay = (blocks[blocks["cell_id"] == cell_id] for cell_id in (loop_id, replay_id))
-    if loop.empty or replay.empty:
-        return {"verdict": NOT_RUN, "detail": f"needs {loop_id} and {replay_id}"}
-    if loop["do_sample"].iloc[0]:
-        taus = summary.set_index("cell_id")["tau"]
-        return {"verdict": SAMPLED, "detail": f"tau {number(taus[loop_id])}, expected {number(taus[replay_id])}"}
-    texts = [its[_AUDITED].map(str).reset_index(drop=True) for its in (loop, replay)]
-    if texts[0].equals(texts[1]):
-        return {"verdict": HOLDS, "detail": f"{len(loop):,} blocks are equal to the loop's"}
-    return {"verdict": BROKEN, "detail": f"{replay_id} has other blocks than the loop {loop_id}"}
 
 
 def _alarms(verdicts: list[dict[str, str]], audits: list[dict[str, str]], metadata: list[dict[str, Any]]) -> list[str]:
@@ -353,86 +278,6 @@ def _facts(
         ("identity holds", f"{holding} of {len(verdicts)} {each}"),
         ("computed on", "; ".join(platforms) if len(platforms) == 1 else f"{len(platforms)} platforms"),
     ]
-
-
-def _tables(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table of text per pair, way of decoding and platform, for the grid and for the controls."""
-    tables = []
-    for arms, cells in (
-        ("grid", summary[summary["arm"] == GRID_ARM]),
-        ("controls", _controls(summary)),
-    ):
-        for (pair, do_sample), platform, group in _groups(cells, "pair", "do_sample"):
-            group = group.assign(rank=group["arm"].map(list(ARM_LABELS).index)).sort_values(_TABLE_ORDER)
-            first = dict(zip(group["cell_id"], draft_labels(group), strict=True)) if arms == "grid" else None
-            rows = [_row(cell, first) for cell in group.itertuples()]
-            tables.append({"title": f"{pair}, {decoding(do_sample)}: {arms}", "platform": platform, "rows": rows})
-    return tables
-
-
-def _quality_rows(quality: dict[str, pd.DataFrame], plan: dict[str, Any]) -> list[dict[str, str]]:
-    """A row of text per target setting and source of text."""
-    targets = {cell["quality"]: cell["target"] for cell in plan["cells"] if cell.get("quality") in quality}
-    rows = []
-    for path, target in targets.items():
-        for source in quality[path].itertuples():
-            rows.append(
-                {
-                    "target": target["model"],
-                    **{name: str(target["sc"][f"sc_{name}"]) for name in ("stoc_len", "prec", "seed")},
-                    "text": source.source.replace("_", " "),
-                    "tokens": f"{source.tokens:,}",
-                    **{name: number(getattr(source, name)) for name in ("perplexity", "float_perplexity")},
-                    "rise": f"{source.quality_loss:+.2%}",
-                    "rise, 95\u00a0%": _rise_interval(source),
-                    "TV": number(source.tv),
-                    "KL (nats)": number(source.kl),
-                }
-            )
-    return rows
-
-
-def _rise_interval(source: Any) -> str:
-    if source.quality_loss_interval == NO_INTERVAL:
-        return NO_INTERVAL
-    return f"{source.quality_loss_lo:+.2%} to {source.quality_loss_hi:+.2%}"
-
-
-def _row(cell: Any, drafts: dict[str, str] | None) -> dict[str, str]:
-    def whole(value: Any, missing: str) -> str:
-        return missing if pd.isna(value) else str(value)
-
-    def interval(name: str, kind: str) -> str:
-        text = interval_text(*(getattr(cell, column) for column in (name, f"{name}_lo", f"{name}_hi")), kind)
-        return NO_INTERVAL if kind == NO_INTERVAL else text
-
-    seeds = (cell.sampling_seed, cell.target_sc_seed, cell.draft_sc_seed)
-    return {
-        **({"arm": ARM_LABELS[cell.arm]} if drafts is None else {"draft's streams": drafts[cell.cell_id]}),
-        "stoc_len target / draft": f"{whole(cell.target_stoc_len, 'float')} / {whole(cell.draft_stoc_len, 'float')}",
-        "sc_prec": whole(cell.sc_prec, "float"),
-        "gamma": str(cell.gamma),
-        "seeds": " / ".join(whole(seed, "-") for seed in seeds),
-        "prompts": str(cell.prompts),
-        "alpha": number(cell.alpha),
-        "alpha, 95\u00a0%": interval("alpha", cell.interval),
-        "tau": number(cell.tau),
-        "tau, 95\u00a0%": interval("tau", cell.tau_interval),
-        "tau predicted": number(cell.predicted_tau),
-        "alpha evaluated": number(cell.alpha_evaluated),
-        "acceptance rate": number(cell.acceptance_rate),
-        "speedup, rows at once": _known(cell.speedup_at_once, "{:.3f}"),
-        "speedup, row after row": _known(cell.speedup_in_turn, "{:.3f}"),
-        "energy": _known(cell.energy_ratio, "{:.3f}"),
-        "target's perplexity": _known(cell.perplexity, "{:.3f}"),
-        "its rise": _known(cell.quality_loss, "{:+.1%}"),
-        "tokens": f"{cell.tokens:,}",
-        "tokens/s": _known(cell.tokens_per_s, "{:.1f}"),
-    }
-
-
-def _known(value: float, text: str) -> str:
-    return "-" if pd.isna(value) else text.format(value)
 
 
 def _line(value: Any) -> str:

@@ -11,8 +11,9 @@ import pytest
 from fake_cells import fake_grid, fake_keys, fake_metadata, fake_rows, plan_entry, write_fake_grid
 
 from scspec.charts import number
-from scspec.report import build_report, identity_verdicts, write_table
+from scspec.report import build_report, write_table
 from scspec.results import QUALITY_KEYS, QUALITY_SCHEMA, read_cell, read_cells, write_cell, write_rows
+from scspec.verdicts import identity_verdicts
 
 SMALL = {"prompts": 8, "max_new_tokens": 12}
 
