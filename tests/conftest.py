@@ -24,6 +24,9 @@ correct_interpreter()
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:  # with `pytest -n`: a file is one process's, and so is the Slurm that tests share
+        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
     if DEVICE.type == "cpu":
         for item in items:
             if "gpu" in item.keywords:
