@@ -7,6 +7,7 @@
     joint.py      cells resampled jointly: which may be, and alpha and tau of each under the same draws
     pairs.py      differences between two cells that share their prompts
     seeds.py      cells that differ in their SC seeds only, pooled
+    shortest.py   the shortest streams that keep most of the acceptance of floating point
     quality.py    perplexity of a target in SC, and its distance from itself in floating point
 
 Not covered here: replay, the hardware model.
@@ -27,6 +28,7 @@ from scspec.stats.intervals import BOOTSTRAP, INTERVAL_LEVEL, NO_INTERVAL, ONE_S
 from scspec.stats.pairs import DIFFERENCE_COLUMNS, paired_differences
 from scspec.stats.quality import QUALITY_COLUMNS, summarise_quality
 from scspec.stats.seeds import POOLED_COLUMNS, pool_seeds
+from scspec.stats.shortest import KEPT_SHARE, shortest_streams
 from scspec.stats.sums import (
     ESTIMATES,
     TIMES,
@@ -48,6 +50,7 @@ __all__ = [
     "DIFFERENCE_COLUMNS",
     "ESTIMATES",
     "INTERVAL_LEVEL",
+    "KEPT_SHARE",
     "MIN_PROMPTS",
     "MIN_PROMPTS_PER_STRATUM",
     "NO_INTERVAL",
@@ -71,6 +74,7 @@ __all__ = [
     "positions",
     "predicted_tau",
     "prompt_sums",
+    "shortest_streams",
     "summarise",
     "summarise_quality",
     "survival",
