@@ -13,9 +13,7 @@ config -> cells -> (prompts, models -> patching) -> decoding (over sc + invarian
     run, replay, quality the jobs: a cell as a loop; cells from texts and predictions; a target beside itself in float
     results, stats       Parquet rows -> estimates with intervals
     compare              two cells or grids -> differences
-    verdicts             whether a run can be believed: identity cells, a replay's audit
-    charts, tables       estimates -> charts; tables of text
-    report               all of it -> HTML
+    charts, report       estimates -> charts -> HTML: an index, a page per pair, a page per cell
     hardware, provenance MACs; where a result came from
     cli                  the command line
 

@@ -89,7 +89,8 @@ def plan(
 ) -> dict[str, Any]:
     """Return what a report needs to know of a run, in plain JSON types.
 
-    Which cells there should be, each with the path of its target's quality (or None), and which cannot be.
+    Which cells there should be, each with the paths of its log and of its target's quality (or None), and which cannot
+    be.
     """
     return {
         "demonstration": experiment.demonstration,
@@ -98,6 +99,7 @@ def plan(
             {
                 **json.loads(cell.to_json()),
                 "path": cell.path().as_posix(),
+                "log": f"results/logs/{cell.id}.log",
                 "quality": quality[cell.id].path().as_posix() if cell.id in quality else None,
             }
             for cell in cells

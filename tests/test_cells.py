@@ -367,6 +367,7 @@ def test_the_plan_names_every_cell_and_what_cannot_exist() -> None:
     written = json.loads(json.dumps(plan(experiment, cells, invalid, qualities(experiment, cells))))
     (entry,) = written["cells"]
     assert entry.pop("quality") == qualities(experiment, cells)[cells[0].id].path().as_posix()
+    assert entry.pop("log") == "results/logs/tiny/sc_sc/L128_d128_p8_g4_s0_n0.log"
     assert entry.pop("path") == "results/cells/tiny/sc_sc/L128_d128_p8_g4_s0_n0.parquet"
     assert Cell.from_json(json.dumps(entry)) == cells[0]
     assert written["invalid"][0]["reason"] == "target stoc_len 512 is above 2**sc_prec = 256"

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from fake_cells import CONTROL_ALPHAS, SKIPPED, fake_grid, fake_keys, fake_metadata, fake_rows, fake_summary
+from fake_cells import CONTROL_ALPHAS, SKIPPED, fake_grid, fake_keys, fake_rows, fake_summary
 
 from scspec.charts import (
     THEMES,
@@ -14,11 +14,9 @@ from scspec.charts import (
     interval_text,
     number,
     quality_chart,
-    speedup_chart,
     tau_chart,
     unscrambled,
 )
-from scspec.hardware import modelled
 from scspec.stats import PLATFORM_COLUMNS
 
 
@@ -61,11 +59,13 @@ def titles(tooltips):
 def test_points_lines_and_bars(grid, chart, quantity):
     spec = chart(grid).to_dict()
     found = layers(spec)
-    point, line, rule = found["point"]["encoding"], found["line"]["encoding"], found["rule"]["encoding"]
+    point, line, rule, area = (found[mark]["encoding"] for mark in ("point", "line", "rule", "area"))
     assert point["y"]["field"] == line["y"]["field"] == quantity
-    assert (rule["y"]["field"], rule["y2"]["field"]) == (f"{quantity}_lo", f"{quantity}_hi")
-    assert line["detail"]["field"] == "curve"
-    for encoding in (point, line, rule):
+    for encoding in (rule, area):
+        assert (encoding["y"]["field"], encoding["y2"]["field"]) == (f"{quantity}_lo", f"{quantity}_hi")
+    assert line["detail"]["field"] == area["detail"]["field"] == "curve"
+    assert area["opacity"]["condition"]["value"] == 0.12
+    for encoding in (point, line, rule, area):
         assert encoding["color"]["field"] == "draft"
     assert {"alpha", "alpha, 95 % interval", "prompts", "cell"} <= set(titles(point["tooltip"]))
     row = next(row for row in values(spec) if row["gamma"] == 4 and row["draft_stoc_len"] == 56)
@@ -224,8 +224,13 @@ def test_controls_lie_in_one_row_an_arm_with_the_expected_value(controls):
     found = layers(spec)
     circle = found["circle"]["encoding"]
     assert (circle["x"]["field"], circle["x"]["scale"]["domain"]) == ("alpha", [0, 1])
-    assert len(circle["y"]["sort"]) == len(CONTROL_ALPHAS)
-    assert circle["y"]["sort"][0] == "identity: draft = target"
+    assert circle["y"]["sort"] == [
+        "float target, float draft",
+        "SC target, float draft",
+        "float target, SC draft",
+        "identity: draft = target",
+        "reseed: independent streams",
+    ]
     assert found["tick"]["encoding"]["x"]["field"] == "expected"
     assert {row["label"] for row in values(spec) if row["expected"] == 1} == {"identity: draft = target"}
     assert [row["expected"] for row in values(spec)].count(None) == 4
@@ -238,12 +243,39 @@ def test_controls_at_several_settings_have_rows_of_their_own():
     assert layers(spec)["circle"]["encoding"]["y"]["sort"] == rows
     mixed = [(fake_keys(arm=arm, sc_seed=seed), 1) for arm in ("reseed", "float_float") for seed in (0, 1)][:3]
     rows = [
+        "float target, float draft",
         "reseed: independent streams, sc_seed 0",
         "reseed: independent streams, sc_seed 1",
-        "float target, float draft",
     ]
     spec = controls_chart(summary_of(mixed, prompts=2)).to_dict()
     assert layers(spec)["circle"]["encoding"]["y"]["sort"] == rows
+
+
+def test_grid_cells_stand_between_the_controls_of_their_point():
+    """Of the grid at two lengths and gammas, one row a draft where the controls were run, the longest draft first."""
+    summary = summary_of(fake_grid(pairs=("smollm2-shorter",)), prompts=2, max_new_tokens=6)
+    other = summary[summary["arm"] == "sc_sc"].assign(sc_seed=1)
+    spec = controls_chart(pd.concat([other, summary])).to_dict()
+    rows = layers(spec)["circle"]["encoding"]["y"]["sort"]
+    drafts = [f"SC target, SC draft, {ratio} as long" for ratio in ("7/8", "3/4", "1/2")]
+    assert rows[3:6] == drafts
+    assert len(rows) == len(values(spec)) == len(CONTROL_ALPHAS) + 3
+    shown = [row for row in values(spec) if row["label"] in drafts]
+    assert {(row["target_stoc_len"], row["gamma"]) for row in shown} == {(256, 4)}
+    assert {row["expected"] for row in shown} == {None}
+
+
+def test_settings_in_which_controls_differ_are_said_of_grid_cells_too():
+    cells = [(fake_keys(arm=arm, stoc_len=length), 0.6) for length in (64, 128) for arm in ("sc_sc", "identity")]
+    spec = controls_chart(summary_of(cells, prompts=2)).to_dict()
+    grid = [f"SC target, SC draft, same length, {length} cycles" for length in (64, 128)]
+    assert layers(spec)["circle"]["encoding"]["y"]["sort"][:2] == grid
+
+
+def test_no_control_at_an_sc_target_no_grid_cells():
+    cells = [(fake_keys(arm=arm), 0.6) for arm in ("sc_sc", "float_float", "float_sc")]
+    spec = controls_chart(summary_of(cells, prompts=2)).to_dict()
+    assert [row["label"] for row in values(spec)] == ["float target, float draft", "float target, SC draft"]
 
 
 def test_charts_take_their_colours_from_the_theme(grid, controls):
@@ -289,31 +321,13 @@ def test_numbers_near_the_ends_do_not_look_exact():
     assert number(float("nan")) == "undefined"
 
 
-def test_speedups_of_both_row_models_beside_the_line_at_one():
-    """Filled with the interval of tau, scaled; hollow; and nothing is gained at the dashed line."""
-    cells = [(fake_keys(stoc_len=128, draft_stoc_len=draft), 0.6) for draft in (64, 96)]
-    blocks = [row for seed, (keys, alpha) in enumerate(cells) for row in fake_rows(keys, alpha=alpha, seed=seed)]
-    metadata = {keys["cell_id"]: fake_metadata(keys) for keys, _ in cells}
-    summary = modelled(fake_summary(blocks, resamples=50), metadata)
-    spec = speedup_chart(summary).to_dict()
-    even, in_turn, line, bar, point = spec["spec"]["layer"]
-    assert even["encoding"]["y"]["datum"] == 1
-    assert (in_turn["encoding"]["y"]["field"], in_turn["mark"]["filled"]) == ("speedup_in_turn", False)
-    assert {layer["encoding"]["y"]["field"] for layer in (line, point)} == {"speedup_at_once"}
-    assert bar["encoding"]["y2"]["field"] == "speedup_at_once_hi"
-    for row, (_, cell) in zip(values(spec), summary.iloc[::-1].iterrows(), strict=True):  # the longer draft first
-        assert row["c"] == pytest.approx(cell["draft_stoc_len"] / 128)
-        assert row["speedup_at_once"] == pytest.approx(cell["tau"] / (4 * row["c"] + 1))
-        assert row["speedup_in_turn"] == pytest.approx(cell["tau"] / (4 * row["c"] + 5))
-        assert row["speedup_at_once_lo"] == pytest.approx(cell["tau_lo"] / (4 * row["c"] + 1))
-
-
 def test_quality_is_the_distance_to_the_right(grid):
     measured = grid.assign(quality_loss=0.25, perplexity=5.0, float_perplexity=4.0, target_tv=0.1, target_kl=0.2)
     spec = quality_chart(measured).to_dict()
     point, label = spec["layer"]
     assert (point["encoding"]["x"]["field"], point["encoding"]["y"]["field"]) == ("quality_loss", "alpha")
     assert label["encoding"]["text"]["field"] == "target_stoc_len"
+    assert label["encoding"]["y"] == {"aggregate": "max", "field": "alpha", "type": "quantitative"}
     assert {row["quality_loss"] for row in values(spec)} == {0.25}
     assert len(values(spec)) == len(grid)
     with pytest.raises(ValueError, match="one pair"):

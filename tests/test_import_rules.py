@@ -20,10 +20,12 @@ RULES = [
     ("prompts.py", {"torch", "transformers"}),
     ("stats/*.py", {"torch", "transformers", "altair", "scspec.quality"}),
     ("results.py", {"torch", "transformers", "altair"}),
+    ("charts/*.py", {"torch", "transformers", "scspec.report", "scspec.results"}),
+    ("report/*.py", {"torch", "transformers", "scspec.decoding", "scspec.sc", "scspec.cells"}),
     ("checkpoint.py", {"torch", "transformers", "scspec.decoding", "scspec.cells"}),
 ]
 ONLY_IN = {
-    "altair": {"charts.py", "report.py"},
+    "altair": {"report/render.py", *(f"charts/{path.name}" for path in (PACKAGE / "charts").glob("*.py"))},
     "transformers": {"models.py", "patching.py"},
     "submitit": set(),
     "triton": {

@@ -86,6 +86,10 @@ def build_report(cell_paths, plan, out_path):
     note("report")
     for suffix in (".html", ".csv", ".parquet"):
         out_path.with_suffix(suffix).write_text(" ".join(map(str, cell_paths)))
+    for folder in ("pairs", "cells"):
+        (out_path.parent / folder).mkdir(exist_ok=True)
+    for pair in {cell["pair"] for cell in plan["cells"]}:
+        (out_path.parent / "pairs" / f"{pair}.html").write_text("")
 """,
     "results.py": """
 def atomic_file(path):
@@ -172,8 +176,9 @@ def test_a_first_run_builds_everything_once(first_run: tuple[Path, Counter, str]
     paths = [f"results/cells/{cell}.parquet" for cell in CELLS]
     for cell, path in zip(plan["cells"], paths, strict=True):
         written = json.loads((folder / path).read_text())
-        assert written == {name: cell[name] for name in cell if name not in ("path", "quality")}
-        assert (folder / "results" / "logs" / f"{cell['id']}.log").exists()
+        assert written == {name: cell[name] for name in cell if name not in ("path", "log", "quality")}
+        assert cell["log"] == f"results/logs/{cell['id']}.log"
+        assert (folder / cell["log"]).exists()
     assert (folder / "reports" / "index.html").read_text().split() == paths
     assert json.loads((folder / "results" / "models" / "a--b.json").read_text()) == {"name": "a/b"}
 

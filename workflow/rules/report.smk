@@ -1,5 +1,8 @@
-# Cells -> one HTML file and its table. Of a grid that is not finished, by hand:
+# Cells -> pages and the table of all. Of a grid that is not finished, by hand:
 # python -m scspec report --plan results/plan.json --output FILE
+# `snakemake --report FILE.html` carries the pages of `report()`, which hold their charts.
+
+PAIRS = list(dict.fromkeys(cell.pair for cell in CELLS.values()))
 
 
 rule report:
@@ -8,7 +11,9 @@ rule report:
         quality=[its.path() for its in QUALITY.values()],
         plan="results/plan.json",
     output:
-        html="reports/index.html",
+        html=report("reports/index.html", category="Report"),
+        pairs=report([f"reports/pairs/{pair}.html" for pair in PAIRS], category="Pairs"),
+        cells=directory("reports/cells"),
         tables=["reports/index.csv", "reports/index.parquet"],
     log:
         "results/logs/report.log",

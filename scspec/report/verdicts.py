@@ -1,9 +1,9 @@
 """Whether a run can be believed: identity cells at exactly 1, and a replay's audit against its loop.
 
-A verdict is of one platform (PLATFORM_COLUMNS), since cells of several never share one.
+A verdict is of cells that may be compared (`run.comparable`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -11,22 +11,11 @@ import pandas as pd
 from scspec.charts import number
 from scspec.config import REPLAY
 from scspec.jobs import AUDIT_ARM
-from scspec.stats import PLATFORM_COLUMNS
+from scspec.report.run import comparable
 
 IDENTITY = "identity"
 HOLDS, BROKEN, NOT_RUN, SAMPLED = "holds", "BROKEN: the run is broken", "not run", "sampled: other texts"
 _AUDITED = ["prompt_id", "turn", "block", "start", "emitted_ids", "accepted", "kept", "beta", "margin", "stop"]
-
-
-def platform_text(device_name: str, dtype: str, backend: str) -> str:
-    """A platform in words; the arguments are PLATFORM_COLUMNS."""
-    return f"{device_name}, {dtype}, backend {backend}"
-
-
-def platform_groups(summary: pd.DataFrame, *names: str) -> Iterator[tuple[tuple, str, pd.DataFrame]]:
-    """Yields (values of the columns, platform, cells): cells that may stand in one chart or table."""
-    for values, cells in summary.groupby([*names, *PLATFORM_COLUMNS], sort=True):
-        yield values[: len(names)], platform_text(*values[len(names) :]), cells
 
 
 def identity_verdicts(summary: pd.DataFrame, pairs: Iterable[str] = ()) -> list[dict[str, str]]:
@@ -36,7 +25,7 @@ def identity_verdicts(summary: pd.DataFrame, pairs: Iterable[str] = ()) -> list[
     """
     verdicts = [
         {"pair": pair, "platform": platform, **_identity_verdict(cells[cells["arm"] == IDENTITY])}
-        for (pair,), platform, cells in platform_groups(summary, "pair")
+        for (pair,), platform, cells in comparable(summary, "pair")
     ]
     without_cells = [pair for pair in dict.fromkeys(pairs) if pair not in set(summary["pair"])]
     nothing = _identity_verdict(summary.iloc[:0])

@@ -6,8 +6,8 @@ import pandas as pd
 
 from scspec.charts import ARM_LABELS, decoding, draft_labels, interval_text, number
 from scspec.jobs import AUDIT_ARM, GRID_ARM
+from scspec.report.run import comparable
 from scspec.stats import NO_INTERVAL
-from scspec.verdicts import platform_groups
 
 _TABLE_ORDER = ["rank", "sc_prec", "gamma", "stoc_len", "draft_stoc_len", "sc_seed", "sampling_seed"]
 
@@ -18,17 +18,20 @@ def controls_of(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def cell_tables(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """A table of text per pair, way of decoding and platform, for the grid and for the controls."""
+    """A table of text per pair, way of decoding and platform, for the grid and for the controls; "links" lead from a
+    pair's page to the page of each row."""
     tables = []
     for arms, cells in (
         ("grid", summary[summary["arm"] == GRID_ARM]),
         ("controls", controls_of(summary)),
     ):
-        for (pair, do_sample), platform, group in platform_groups(cells, "pair", "do_sample"):
+        for (pair, do_sample), platform, group in comparable(cells, "pair", "do_sample"):
             group = group.assign(rank=group["arm"].map(list(ARM_LABELS).index)).sort_values(_TABLE_ORDER)
             first = dict(zip(group["cell_id"], draft_labels(group), strict=True)) if arms == "grid" else None
             rows = [_row(cell, first) for cell in group.itertuples()]
-            tables.append({"title": f"{pair}, {decoding(do_sample)}: {arms}", "platform": platform, "rows": rows})
+            links = [f"../cells/{cell_id}.html" for cell_id in group["cell_id"]]
+            title = f"{pair}, {decoding(do_sample)}: {arms}"
+            tables.append({"title": title, "platform": platform, "rows": rows, "links": links})
     return tables
 
 

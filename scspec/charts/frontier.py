@@ -1,0 +1,43 @@
+"""What speedup a loss of quality buys: the small chart of a card."""
+
+import altair as alt
+import pandas as pd
+
+from scspec.charts.parts import TOOLTIP, TOOLTIP_FIELDS, legend_above, one_kind, records, subject
+from scspec.charts.picks import draft_color, draft_pick, faded
+from scspec.charts.points import point_table
+
+
+def _frontier(table: pd.DataFrame) -> list[dict]:
+    """The best speedup of all cells whose loss is at most that of a row, a row per loss."""
+    best = table.groupby("quality_loss")["speedup_over_shortest"].max().cummax()
+    return records(best.reset_index())
+
+
+def frontier_chart(cells: pd.DataFrame) -> alt.LayerChart:
+    """Modelled speedup against what SC costs the target, a point per cell and the best so far as a line.
+
+    cells: summary rows of one pair, arm sc_sc, with quality_loss (a fraction) and speedup_over_shortest, both known:
+    the speedup with all rows at once over plain decoding at the shortest acceptable target length, one length for all
+    cells, or a line would join what cannot be compared. Raises ValueError as `alpha_chart` does.
+    """
+    one_kind(cells)
+    table, drafts = point_table(cells)
+    tooltip = [
+        alt.Tooltip("quality_loss:Q", title="rise of the target's perplexity", format=".1%"),
+        alt.Tooltip("speedup_over_shortest:Q", title="speedup over the shortest acceptable target", format=".3f"),
+        alt.Tooltip("draft:N", title="draft's streams"),
+        *TOOLTIP,
+    ]
+    x = alt.X("quality_loss:Q", title="rise of the target's perplexity", axis=alt.Axis(format="%", tickCount=8))
+    y = alt.Y("speedup_over_shortest:Q", title="modelled speedup", scale=alt.Scale(zero=False))
+    pick = draft_pick()
+    even = alt.Chart().mark_rule(strokeDash=[5, 4], strokeWidth=1).encode(y=alt.datum(1))
+    best = alt.Chart(alt.InlineData(values=_frontier(table))).mark_line(interpolate="step-after", strokeWidth=1.5)
+    best = best.encode(x=x, y=y)
+    points = alt.Chart().mark_circle(size=60).encode(x=x, y=y, color=draft_color(drafts), opacity=faded(pick))
+    points = points.encode(tooltip=tooltip).add_params(pick)
+    columns = sorted({*TOOLTIP_FIELDS, "draft", "quality_loss", "speedup_over_shortest"})
+    chart = alt.layer(even, best, points, data=alt.InlineData(values=records(table[columns])))
+    chart = legend_above(chart.properties(width=420, height=200))
+    return chart.properties(description=f"Modelled speedup against the target's loss of quality, {subject(cells)}")

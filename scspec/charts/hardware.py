@@ -1,0 +1,140 @@
+"""Modelled speedup and energy, at the gamma and the number of rows at once that sliders set.
+
+The formulas are those of `scspec.hardware`, as Vega expressions, since a page computes them anew at each move.
+"""
+
+import altair as alt
+import pandas as pd
+
+from scspec.charts.parts import fields, legend_above, one_kind, records, subject
+from scspec.charts.picks import draft_color, draft_pick, dropdowns, faded, picked
+from scspec.charts.points import length_axis, lengths_of, point_table
+from scspec.stats import NO_INTERVAL
+
+_LARGEST_GAMMA, _LARGEST_ROWS = 16, 32
+
+_TARGET_PASSES = "ceil((gamma_slider + 1) / rows_at_once)"
+_PREDICTED_TAU = "datum.alpha === 1 ? gamma_slider + 1 : (1 - pow(datum.alpha, gamma_slider + 1)) / (1 - datum.alpha)"
+_TIME = f"(gamma_slider * datum.c + {_TARGET_PASSES})"  # of a block, in plain passes of one row
+_WORK = "(gamma_slider * datum.c + gamma_slider + 1)"
+
+_SETTING = [
+    alt.Tooltip("target_stoc_len:Q", title="target stoc_len (cycles)"),
+    alt.Tooltip("draft_stoc_len:Q", title="draft stoc_len (cycles)"),
+    alt.Tooltip("sc_prec:Q", title="sc_prec (bits)"),
+    alt.Tooltip("c:Q", title="c (a draft token in target tokens, without LM head)", format=".3f"),
+]
+_RESULTS = [
+    alt.Tooltip("speedup:Q", title="speedup", format=".3f"),
+    alt.Tooltip("energy:Q", title="energy per token", format=".3f"),
+]
+_PREDICTED = [
+    *_SETTING,
+    alt.Tooltip("alpha:Q", title="alpha, weighted by tokens", format=".4f"),
+    alt.Tooltip("alphas:N", title="alpha, lowest to highest cell"),
+    alt.Tooltip("cells:Q", title="cells"),
+    alt.Tooltip("predicted:Q", title="predicted tau", format=".3f"),
+    *_RESULTS,
+]
+_MEASURED = [
+    *_SETTING,
+    alt.Tooltip("gamma:Q", title="gamma"),
+    alt.Tooltip("tau:Q", title="measured tau", format=".3f"),
+    alt.Tooltip("tau_interval_text:N", title="tau, 95 % interval"),
+    *_RESULTS,
+    alt.Tooltip("cell_id:N", title="cell"),
+]
+
+
+def _pooled(table: pd.DataFrame) -> pd.DataFrame:
+    """A row per draft, target length and sc_prec: alpha of its cells, which differ in gamma or seeds, by tokens.
+
+    alpha estimates the same number whatever gamma is (DESIGN section 4), so cells of all gammas say what it is.
+    """
+    table = table.assign(agreed=table["alpha"] * table["tokens"])
+    groups = table.groupby(["draft", "target_stoc_len", "draft_stoc_len", "sc_prec"], sort=False)
+    first = {name: (name, "first") for name in ("c", "x")}
+    sums = {name: (name, "sum") for name in ("agreed", "tokens")}
+    ends = {"low": ("alpha", "min"), "high": ("alpha", "max"), "cells": ("cell_id", "size")}
+    pooled = groups.agg(**first, **sums, **ends).reset_index()
+    alphas = [f"{low:.3f} to {high:.3f}" for low, high in zip(pooled["low"], pooled["high"], strict=True)]
+    return pooled.assign(alpha=pooled["agreed"] / pooled["tokens"], alphas=alphas)
+
+
+def _sliders(gammas: pd.Series) -> list[alt.Parameter]:
+    """gamma, first the grid's largest, and P, first so large that it holds all rows of a target pass."""
+    largest = int(gammas.max())
+    ranges = {
+        "gamma_slider": ("gamma ", max(_LARGEST_GAMMA, largest), largest),
+        "rows_at_once": ("P, rows at once ", max(_LARGEST_ROWS, largest + 1), max(_LARGEST_ROWS, largest + 1)),
+    }
+    return [
+        alt.param(name=name, value=value, bind=alt.binding_range(min=1, max=most, step=1, name=label))
+        for name, (label, most, value) in ranges.items()
+    ]
+
+
+def _datasets(table: pd.DataFrame) -> dict[str, list[dict]]:
+    """The rows of the points and of the diamonds."""
+    computed = {"predicted", "speedup", "energy"}
+    place = ["draft", "x"]
+    columns = {
+        "settings": [*place, *fields(_PREDICTED)],
+        "cells": [*place, *fields(_MEASURED), "tau_lo", "tau_hi", "tau_interval"],
+    }
+    tables = {"settings": _pooled(table), "cells": table}
+    return {
+        name: records(tables[name][[column for column in its if column not in computed]], decimals=9)
+        for name, its in columns.items()
+    }
+
+
+def _predicted() -> alt.Chart:
+    chart = alt.Chart(alt.NamedData("settings")).transform_calculate(predicted=_PREDICTED_TAU)
+    return chart.transform_calculate(speedup=f"datum.predicted / {_TIME}", energy=f"{_WORK} / datum.predicted")
+
+
+def _measured() -> alt.Chart:
+    chart = alt.Chart(alt.NamedData("cells")).transform_filter("datum.gamma === gamma_slider")
+    ends = {"": "tau", "_lo": "tau_lo", "_hi": "tau_hi"}
+    speedups = {f"speedup{end}": f"datum.{tau} / {_TIME}" for end, tau in ends.items()}
+    energies = {f"energy{end}": f"{_WORK} / datum.{tau}" for end, tau in ends.items()}
+    return chart.transform_calculate(**speedups, **energies)
+
+
+def _layers(
+    quantity: str, title: str, predicted: alt.Chart, measured: alt.Chart, pick: alt.Parameter
+) -> list[alt.Chart]:
+    """Predicted points on a line, measured ones as diamonds on top."""
+    y = alt.Y(f"{quantity}:Q", title=title, scale=alt.Scale(zero=False))
+    lines = predicted.mark_line(strokeWidth=1.2).encode(y=y, opacity=faded(pick, 0.6))
+    points = predicted.mark_circle(size=40).encode(y=y, opacity=faded(pick), tooltip=_PREDICTED)
+    bars = measured.transform_filter(alt.datum.tau_interval != NO_INTERVAL).mark_rule(strokeWidth=2)
+    bars = bars.encode(y=f"{quantity}_lo:Q", y2=f"{quantity}_hi:Q", opacity=faded(pick))
+    diamonds = measured.mark_point(shape="diamond", size=110, filled=False, strokeWidth=1.5)
+    return [lines, bars, points, diamonds.encode(y=y, opacity=faded(pick), tooltip=_MEASURED)]
+
+
+def hardware_chart(cells: pd.DataFrame) -> alt.HConcatChart:
+    """Speedup and energy of a token relative to plain decoding at the same target length, against the target's
+    stoc_len, at the gamma and P (rows of a target pass at once) of two sliders; a dropdown picks sc_prec.
+
+    cells: summary rows with c known (`hardware.modelled`) of one pair, arm sc_sc. Points: with tau predicted from the
+    alpha of the cells of all gammas and seeds, weighted by tokens. Hollow diamonds: with the tau of cells measured at
+    the slider's gamma, bars its interval. Raises ValueError as `alpha_chart` does.
+    """
+    one_kind(cells)
+    table, drafts = point_table(cells)
+    picks, pick = dropdowns(table, {"sc_prec": "sc_prec (bits)"}), draft_pick()
+    shared = {"x": length_axis(lengths_of(table)), "color": draft_color(drafts)}
+    marks = *(picked(chart, picks).encode(**shared) for chart in (_predicted(), _measured())), pick
+    # The legend is of both panels, so one of them holds what is picked by it.
+    *speedup, diamonds = _layers("speedup", "speedup over plain decoding", *marks)
+    speedup.append(diamonds.add_params(pick))
+    energy = _layers("energy", "energy per token, plain decoding = 1", *marks)
+    even = alt.Chart().mark_rule(strokeDash=[5, 4], strokeWidth=1).encode(y=alt.datum(1))  # nothing is gained
+    panels = (alt.layer(even, *layers).properties(width=330, height=240) for layers in (speedup, energy))
+    chart = alt.hconcat(*panels, datasets=_datasets(table))
+    chart = legend_above(chart.add_params(*_sliders(table["gamma"]), *picks.values()))
+    about = f"Modelled speedup and energy against the target's stream length, {subject(cells)}; sliders for gamma and P"
+    return chart.properties(description=about)
