@@ -4,6 +4,7 @@ Real Snakemake, real configuration, cells and command line, in a copy of the wor
 replaced: a folder of stub modules lies before the real package on its search path, and each notes its calls.
 """
 
+import base64
 import json
 import os
 import shutil
@@ -190,6 +191,15 @@ def test_comments_threads_and_prompts_per_batch_rerun_no_cell(built: Workflow) -
     assert "Nothing to be done" in output
     built.configure(threads_per_cell=2, prompts_per_batch=3)
     assert built.run()[0] == Counter(["report"])  # it shows the settings
+
+
+def test_snakemakes_own_report_carries_the_index_and_the_pairs(built: Workflow) -> None:
+    for name in ("index", "pairs/tiny"):
+        (built.folder / f"reports/{name}.html").write_text(f"the page {name}")
+    assert not built.run("--report", "whole.html")[0]
+    whole = (built.folder / "whole.html").read_text()
+    for name in ("index", "pairs/tiny"):
+        assert base64.b64encode(f"the page {name}".encode()).decode() in whole
 
 
 def test_a_deleted_cell_and_a_forced_cell_run_alone_with_the_report(built: Workflow) -> None:
