@@ -9,6 +9,7 @@ from pathlib import Path
 import numba
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported and when kernels are defined
@@ -20,13 +21,22 @@ from scspec.models import load_model, load_tokenizer
 from scspec.sc import triton
 
 MODEL = "smollm2-135m"
+ON_SLURM = ("tests/test_slurm", "tests/test_executor")
 correct_interpreter()
 
 
+def pytest_xdist_make_scheduler(config, log):
+    """With `pytest -n`, a file is one process's, and all that run on the Slurm that tests share are one's."""
+
+    class FilesAndOneSlurm(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.split("::")[0]
+            return "slurm" if file.startswith(ON_SLURM) else file
+
+    return FilesAndOneSlurm(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    for item in items:  # with `pytest -n`: a file is one process's, and so is the Slurm that tests share
-        group = "slurm" if item.get_closest_marker("slurm") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
     if DEVICE.type == "cpu":
         for item in items:
             if "gpu" in item.keywords:
