@@ -81,13 +81,14 @@ def write_measured(folder: Path, *cells, **rows) -> dict:
     """Writes cells (keys, alpha, perplexity of the target or None) and the quality of their targets, whose perplexity
     in floating point is 2; returns the plan."""
     plan = write_fake_grid(folder, [(keys, alpha) for keys, alpha, _ in cells], **{**SMALL, **rows})
-    for number, (entry, (keys, _, perplexity)) in enumerate(zip(plan["cells"], cells, strict=True)):
+    for entry, (keys, _, perplexity) in zip(plan["cells"], cells, strict=True):
         entry |= fake_metadata(keys)["cell"]
         sc = {"sc_stoc_len": keys["target_stoc_len"], "sc_prec": keys["target_sc_prec"], "sc_seed": 0}
         entry["target"] = {"model": "smollm2-135m", "sc": sc}
-        entry["quality"] = perplexity and str(folder / f"quality-{number}.parquet")
-        if perplexity:
-            write_quality(folder / f"quality-{number}.parquet", keys, perplexity)
+        path = folder / f"{sc['sc_stoc_len']}-{sc['sc_prec']}-{perplexity}.parquet"
+        entry["quality"] = perplexity and str(path)
+        if perplexity and not path.exists():
+            write_quality(path, keys, perplexity)
     return plan
 
 

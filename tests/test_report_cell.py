@@ -183,7 +183,8 @@ def tags(page):
 
 
 def test_a_page_says_what_the_cell_is(tmp_path, backend):
-    text = page_of(tmp_path, fake_rows(fake_keys(draft_stoc_len=96), prompts=10)).text
+    page = page_of(tmp_path, fake_rows(fake_keys(draft_stoc_len=96), prompts=10))
+    assert "<h1>smollm2-shorter/sc_sc/L128_d96_p8_g4_s0_n0</h1>" in page.source
     for part in (
         "pair, arm smollm2-shorter, SC target, SC draft stoc_len target / draft 128 / 96 sc_prec target / draft 8 / 8",
         "draft's streams 3/4 as long gamma 4 decoding greedy, loop seeds: sampling / target / draft 0 / 0 / 0",
@@ -192,7 +193,7 @@ def test_a_page_says_what_the_cell_is(tmp_path, backend):
         "of 10 prompts",
         "of the simulation",
     ):
-        assert part in text
+        assert part in page.text
     float_text = page_of(tmp_path, fake_rows(fake_keys(arm="sc_float"), prompts=2)).text
     assert "stoc_len target / draft 128 / float sc_prec target / draft 8 / float draft's streams float" in float_text
     assert "alpha, 95 % none (fewer than 8 prompts)" in float_text
@@ -331,8 +332,8 @@ GONE = "the prompt file is not here, or has changed"
 
 def test_the_prompts_own_text(tmp_path, backend):
     rows = fake_rows(fake_keys(), prompts=1)
-    page = page_of(tmp_path, rows, prompts=prompt_file(tmp_path, "Why <i>does</i> bread\\n rise?" + "y" * 400))
-    assert "Prompt: <bdi>Why &lt;i&gt;does&lt;/i&gt; bread\n rise?" in page.source
+    page = page_of(tmp_path, rows, prompts=prompt_file(tmp_path, "Why <i>does</i>\\u202e bread\\n rise?" + "y" * 400))
+    assert "Prompt: <bdi>Why &lt;i&gt;does&lt;/i&gt;[U+202E] bread\n rise?" in page.source
     assert "yyyy…" in page.text
     assert page.text.count("y") < 300 + 100
     assert "another turn" not in page.text
@@ -377,6 +378,7 @@ def test_texts_are_shown_not_run(tmp_path, backend):
     assert tags(page)["b"] == 1  # the legend's
     # two lists of prompt and category, device and backend, the draft, the heading of the transcript, and the text
     assert page.text.count(" ".join(SHOWN.split())) == 4 + 2 + 1 + 1 + 1
+    assert page.source.count("white-space:pre-wrap") == 2  # of texts and of what stands in <bdi>
     for hidden in "\u202e\x1b":
         assert hidden not in page.source
     assert "&lt;script&gt;" in page.source

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scspec.report.cell import cell_page
+from scspec.report.headline import all_shortest_texts
 from scspec.report.index import index_page
 from scspec.report.pair import pair_page
 from scspec.report.render import write_page
@@ -42,11 +43,13 @@ def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_pat
     block that violates a counter identity.
     """
     run, out_path = read_run(cell_paths, plan), Path(out_path)
+    shortest = all_shortest_texts(run)
     for pair in run.summary["pair"].unique():
-        write_page(out_path.parent / "pairs" / f"{pair}.html", "pair.html.j2", pair_page(run, pair, out_path.stem))
+        page = pair_page(run, pair, out_path.stem, shortest)
+        write_page(out_path.parent / "pairs" / f"{pair}.html", "pair.html.j2", page)
     _write_cells(run, out_path.parent)
     write_table(run.summary, out_path.with_suffix(""))
-    write_page(out_path, "index.html.j2", index_page(run, out_path.stem))
+    write_page(out_path, "index.html.j2", index_page(run, out_path.stem, shortest))
     return run.summary
 
 

@@ -11,10 +11,12 @@ import pandas as pd
 from scspec.charts import draft_labels, number
 from scspec.hardware import best_setting
 from scspec.jobs import GRID_ARM
-from scspec.report.run import Run
+from scspec.report.run import Run, comparable
 from scspec.stats import KEPT_SHARE, MIN_PROMPTS, shortest_streams
 
 FLOAT_ARM = "float_float"
+
+ShortestTexts = dict[tuple[str, bool, str], list[dict[str, str]]]  # by pair, do_sample, computed_on
 
 
 def best_speedups(cells: pd.DataFrame) -> list[dict[str, Any]]:
@@ -56,6 +58,14 @@ def speedup_text(step: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def all_shortest_texts(run: Run) -> ShortestTexts:
+    """`shortest_texts` of all groups of comparable cells."""
+    return {
+        (*values, computed_on): shortest_texts(run, cells)
+        for values, computed_on, cells in comparable(run.summary, "pair", "do_sample")
+    }
+
+
 def shortest_texts(run: Run, group: pd.DataFrame) -> list[dict[str, str]]:
     """For each draft of a group of cells, in words, the shortest target streams that keep KEPT_SHARE of floating point.
 
@@ -65,10 +75,10 @@ def shortest_texts(run: Run, group: pd.DataFrame) -> list[dict[str, str]]:
     grid = group[group["arm"] == GRID_ARM]
     if not reference or grid.empty:
         return []
-    texts = []
+    texts, blocks = [], run.blocks_of(group)
     for draft, cells in grid.assign(draft=draft_labels(grid)).groupby("draft", sort=False):
         lengths = dict(zip(cells["cell_id"], cells["target_stoc_len"].astype(int), strict=True))
-        found = shortest_streams(run.blocks, run.metadata, lengths, reference)
+        found = shortest_streams(blocks, run.metadata, lengths, reference)
         texts.append({"draft": draft, "length": _length_text(found), "alpha": _alpha_text(found)})
     return texts
 

@@ -6,7 +6,7 @@ import pandas as pd
 
 from scspec.charts import ARM_LABELS, decoding, number
 from scspec.jobs import AUDIT_ARM, GRID_ARM
-from scspec.report.headline import at_loss, best_speedups, shortest_texts, speedup_text
+from scspec.report.headline import ShortestTexts, at_loss, best_speedups, speedup_text
 from scspec.report.provenance import provenance
 from scspec.report.run import Run, comparable, platforms
 from scspec.report.state import absent_cells
@@ -21,7 +21,7 @@ from scspec.stats import KEPT_SHARE
 ACCEPTED_LOSS = 0.05  # rise of perplexity that the headline accepts until the reader moves the slider
 
 
-def index_page(run: Run, stem: str) -> dict[str, Any]:
+def index_page(run: Run, stem: str, shortest: ShortestTexts) -> dict[str, Any]:
     """What the template of the index shows; `stem`: the name of the tables beside it."""
     plan = run.plan
     failed, missing = absent_cells(plan)
@@ -37,7 +37,7 @@ def index_page(run: Run, stem: str) -> dict[str, Any]:
         "alarms": _alarms(verdicts, audits, run),
         "platforms": platforms(run.summary),
         "facts": _facts(run, failed, missing, verdicts),
-        "cards": _cards(run),
+        "cards": _cards(run, shortest),
         "kept_share": f"{KEPT_SHARE:.0%}",
         "verdicts": verdicts,
         "controls": _control_rows(run.summary),
@@ -52,7 +52,7 @@ def index_page(run: Run, stem: str) -> dict[str, Any]:
     }
 
 
-def _cards(run: Run) -> list[dict[str, Any]]:
+def _cards(run: Run, shortest: ShortestTexts) -> list[dict[str, Any]]:
     """A card per pair, way of decoding and platform, in the order of the plan."""
     cards = []
     for (pair, do_sample), platform, cells in comparable(run.summary, "pair", "do_sample"):
@@ -70,7 +70,7 @@ def _cards(run: Run) -> list[dict[str, Any]]:
                 "accepted": f"{ACCEPTED_LOSS:+.0%}",
                 "nothing": _nothing(steps),
                 "alphas": _alpha_range(grid),
-                "shortest": shortest_texts(run, cells),
+                "shortest": shortest[pair, do_sample, platform],
             }
         )
     planned = list(dict.fromkeys(cell["pair"] for cell in run.plan["cells"]))

@@ -21,7 +21,7 @@ from scspec.charts import (
 )
 from scspec.hardware import speedup_over_other_length
 from scspec.jobs import AUDIT_ARM, GRID_ARM
-from scspec.report.headline import shortest_texts
+from scspec.report.headline import ShortestTexts
 from scspec.report.render import chart_entry
 from scspec.report.run import Run, comparable
 from scspec.report.tables import cell_tables, quality_rows
@@ -35,10 +35,10 @@ _READ_ALPHA = {
 }
 
 
-def pair_page(run: Run, pair: str, stem: str) -> dict[str, Any]:
+def pair_page(run: Run, pair: str, stem: str, shortest: ShortestTexts) -> dict[str, Any]:
     """What the template of a pair shows; the pair has cells in the summary, the index and its tables are `stem`."""
     summary = run.summary[run.summary["pair"] == pair]
-    sections = list(_sections(run, summary))
+    sections = list(_sections(run, summary, shortest))
     charts = [chart for section in sections for chart in section["charts"]]
     return {
         "root": "../",
@@ -59,13 +59,14 @@ def _planned(run: Run, pair: str) -> list[dict[str, Any]]:
     return [cell for cell in run.plan["cells"] if cell["pair"] == pair]
 
 
-def _sections(run: Run, summary: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _sections(run: Run, summary: pd.DataFrame, shortest: ShortestTexts) -> Iterator[dict[str, Any]]:
     """Charts: a section per way of decoding and platform."""
-    for index, ((do_sample,), platform, cells) in enumerate(comparable(summary, "do_sample")):
+    groups = comparable(summary, "pair", "do_sample")
+    for index, ((pair, do_sample), platform, cells) in enumerate(groups):
         yield {
             "decoding": decoding(do_sample),
             "platform": platform,
-            "shortest": shortest_texts(run, cells),
+            "shortest": shortest[pair, do_sample, platform],
             "charts": [
                 chart_entry(f"{name}-{index}", title, chart(), f"{caption}.")
                 for name, title, chart, caption in _charts(run, cells[cells["arm"] != AUDIT_ARM], do_sample)

@@ -39,7 +39,7 @@ def paired_differences(
     decoding (sampling settings, token budget) or prompts.
     """
     pairs = list(pairs)
-    known = set(blocks["cell_id"])
+    known = set(blocks["cell_id"].unique())
     if unknown := sorted({cell_id for pair in pairs for cell_id in pair} - known):
         raise ValueError(f"pairs: no blocks of cell {unknown[0]!r}; allowed: the cell ids of `blocks`")
     if not pairs:

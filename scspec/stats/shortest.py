@@ -34,7 +34,7 @@ def shortest_streams(
     cells that do not share platform, way of decoding and prompts, and for an unknown cell.
     """
     wanted = [*reference, *lengths]
-    if unknown := sorted(set(wanted) - set(blocks["cell_id"])):
+    if unknown := sorted(set(wanted) - set(blocks["cell_id"].unique())):
         raise ValueError(f"lengths: no blocks of cell {unknown[0]!r}; allowed: the cell ids of `blocks`")
     blocks = blocks[blocks["cell_id"].isin(wanted)]
     check_alike(wanted, cell_facts(blocks, metadata))
