@@ -287,7 +287,7 @@ def test_an_audit_compares_a_loop_with_its_replay(tmp_path, seed, verdict):
             for row in rows:
                 row.update(draft_time_s=None, verify_time_s=None)
                 row["proposed_ids"] = row["proposed_ids"][: row["accepted"] + 1]
-        entry = {**plan_entry(tmp_path, its), "id": its["cell_id"], "method": its["method"]}
+        entry = {**plan_entry(tmp_path, its), "id": its["cell_id"], "method": its["method"], "log": its["cell_id"]}
         metadata = fake_metadata(its)
         metadata["cell"] |= {name: entry[name] for name in ("id", "arm", "method", "gamma")}
         entry |= metadata["cell"]

@@ -55,7 +55,7 @@ def audit_verdicts(blocks: pd.DataFrame, summary: pd.DataFrame, plan: dict[str, 
 
 
 def _replay_of(audit: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
-    own = ("id", "arm", "method", "path")
+    own = ("id", "arm", "method", "path", "log")
     same = [cell for cell in cells if all(cell[name] == audit[name] for name in audit if name not in own)]
     return next(cell for cell in same if cell["method"] == REPLAY)
 
