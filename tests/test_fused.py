@@ -210,7 +210,7 @@ def test_alone_equals_in_a_ragged_batch(overrides):
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("gamma", [1, 3])
+@pytest.mark.parametrize("gamma", [pytest.param(1, marks=pytest.mark.full), 3])
 @pytest.mark.parametrize("overrides", [SC, FLOAT], ids=["sc", "float"])
 def test_identity_accepts_everything(overrides, gamma, sampling):
     target, twin = (patched(overrides, layers=1) for _ in range(2))

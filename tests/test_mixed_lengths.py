@@ -161,7 +161,7 @@ def test_the_compiled_forward_has_the_bits_of_the_module_tree(sc_modules, monkey
 @pytest.mark.parametrize(
     "sampling", [{}, {"do_sample": True, "temperature": 0.9, "top_k": 20}], ids=["greedy", "sampled"]
 )
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.full)])
 @pytest.mark.usefixtures("wide_steps")
 def test_identity_accepts_everything(backend, sampling):
     target, twin = (patched(MIXED_LAYER, LM_HEAD, backend=backend, num_hidden_layers=1) for _ in range(2))

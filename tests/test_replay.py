@@ -71,7 +71,10 @@ def assert_replays(loop: pd.DataFrame, replay: pd.DataFrame) -> None:
     assert replay[["draft_time_s", "verify_time_s"]].isna().all(axis=None)
 
 
-@pytest.mark.parametrize("arm", ["sc_sc", "identity", "reseed", "float_sc", "sc_float"])
+FULL_ARMS = [pytest.param(arm, marks=pytest.mark.full) for arm in ("identity", "reseed", "float_sc")]
+
+
+@pytest.mark.parametrize("arm", ["sc_sc", "sc_float", *FULL_ARMS])
 def test_greedy_replay_is_the_loop_block_by_block(cells, tmp_path, arm):
     seen = Counter()
     for gamma in range(1, 9):
