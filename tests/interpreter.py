@@ -10,6 +10,8 @@ from triton.runtime import interpreter
 
 #: A GPU if there is one, else the CPU, whose tensors the interpreter takes.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+ROW_COUNTS = (*range(1, 18), 33)  # up to beyond 16, multiples of which Triton treats apart, and more than two of these
 
 
 def correct_interpreter() -> None:

@@ -5,7 +5,7 @@ What only a GPU has, captured graphs and backend `cuda`, is marked gpu.
 
 import pytest
 import torch
-from interpreter import DEVICE
+from interpreter import DEVICE, DTYPES
 from tiny import tiny_model
 
 from scspec import fused
@@ -13,7 +13,6 @@ from scspec.decoding import SamplingConfig, generate_autoregressive, generate_ca
 from scspec.patching import patch_model
 
 IDS = torch.tensor([[3, 14, 15, 9, 26, 5]], device=DEVICE)
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SC, FLOAT = {}, {"preset": "float"}
 #: Arms of a grid, and knobs that the fused forward takes. attention_bias is the model's, not a knob.
 ARMS = {

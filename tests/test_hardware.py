@@ -5,15 +5,14 @@ import json
 import subprocess
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from hardware_cases import ATTENTION, LINEAR, LM_HEAD, close_to, mac_cycles, smollm2
 from tiny import save_tiny_model
 
 from scspec.hardware import (
-    best_setting,
     cost_per_token,
     energy_ratio,
     macs_per_token,
@@ -28,27 +27,9 @@ from scspec.hardware import (
     speedup_roofline,
     total_cost,
 )
-from scspec.sc.knobs import PRESETS, SC_CONFIG_DEFAULTS
+from scspec.sc.knobs import PRESETS
 
-#: Equal but for rounding: neither side of a comparison has more than ten operations, of relative error 2**-53 each.
-close_to = partial(pytest.approx, rel=20 * 2**-53, abs=0)
 NO_MEMORY_BOUND = {"cycles_per_byte": 0}
-
-# SmolLM2-135M by hand. A layer: q and o 576 * 576 = 331_776 each, k and v 576 * 192 = 110_592 each, together 884_736;
-# gate, up and down 576 * 1536 = 884_736 each; so 3_538_944 in linears, and in attention 2 * 576 * 256 = 294_912.
-LINEAR = 106_168_320  # 30 layers
-ATTENTION = 8_847_360  # 30 layers, 256 positions
-LM_HEAD = 28_311_552  # 576 * 49_152
-
-
-def smollm2(layers: int = 30, preset: dict = SC_CONFIG_DEFAULTS, **knobs) -> SimpleNamespace:
-    shapes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": 49152}
-    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
-    return SimpleNamespace(**shapes, **heads, **{**preset, **knobs})
-
-
-def mac_cycles(config, *, lm_head: bool) -> float:
-    return total_cost(cost_per_token(config), "mac_cycles", lm_head=lm_head)
 
 
 def test_macs_of_smollm2_by_hand():
@@ -313,93 +294,6 @@ def test_row_models_and_energy_against_simulated_decoding(gamma):
     _, between, _ = simulated_decoding(2, gamma, 48, 128)
     array = {"rows_at_once": 2, **NO_MEMORY_BOUND}
     assert between == close_to(speedup_roofline(tau, gamma, (48, 1), (128, 1), **array))
-
-
-# --- the best setting ----------------------------------------------------------------------------------------------
-
-
-def settings(*rows) -> pd.DataFrame:
-    names = ["target_stoc_len", "draft_stoc_len", "gamma", "tau", "c", "target_cycles", "quality_loss"]
-    return pd.DataFrame(rows, columns=names)
-
-
-NAN = float("nan")
-#: At once, over plain decoding at the own length: 1.25, 1.2, 2.0, 1.5, 4.0.
-TABLE = settings(
-    (128, 64, 2, 2.5, 0.5, 128.0, 0.01),
-    (96, 48, 2, 2.4, 0.5, 96.0, 0.02),
-    (256, 64, 4, 4.0, 0.25, 256.0, 0.0),
-    (64, 16, 4, 3.0, 0.25, 64.0, 0.3),
-    (32, 8, 4, 4.0, 0.0, 32.0, NAN),
-)
-
-
-@pytest.mark.parametrize(
-    ("bound", "length", "plain", "speedup"),
-    [
-        # Over plain decoding at 96, 2.0 at 256 is 2.0 * 96 / 256 = 0.75, and 1.25 at 128 is 0.9375.
-        (0.05, 96, 96, 1.2),
-        # Over plain decoding at 128, 2.0 at 256 is 1.0.
-        (0.015, 128, 128, 1.25),
-        (0.0, 256, 256, 2.0),
-        (0.3, 64, 64, 1.5),  # a bound is met where it is equalled; 32 was not measured, so it is out
-    ],
-)
-def test_the_best_setting_by_hand(bound, length, plain, speedup):
-    best = best_setting(TABLE, bound)
-    assert best["target_stoc_len"] == length
-    assert best["plain_stoc_len"] == plain
-    assert best["speedup"] == close_to(speedup)
-    row = TABLE[TABLE["target_stoc_len"] == length].to_dict("records")[0]
-    assert {name: best[name] for name in row} == row
-
-
-def test_a_longer_target_wins_if_its_draft_makes_up_for_the_length():
-    # Over plain decoding at 96: 0.8 there, 4 * 96 / 128 = 3 at 128.
-    table = settings((96, 96, 1, 1.6, 1.0, 96.0, 0.0), (128, 8, 4, 5.0, 0.0625, 128.0, 0.0))
-    best = best_setting(table, 0.01)
-    assert (best["target_stoc_len"], best["plain_stoc_len"]) == (128, 96)
-    assert best["speedup"] == 3.0
-
-
-def test_the_row_model_decides():
-    table = settings((128, 16, 8, 5.0, 0.125, 128.0, 0.0), (128, 64, 1, 1.8, 0.5, 128.0, 0.0))
-    assert best_setting(table, 0.01)["gamma"] == 8  # 5 / 2 to 1.8 / 1.5
-    in_turn = best_setting(table, 0.01, speedup_in_turn)  # 5 / 10 to 1.8 / 2.5
-    assert in_turn["gamma"] == 1
-    assert in_turn["speedup"] == close_to(0.72)
-
-
-def test_a_length_without_a_speculative_run_is_still_what_plain_decoding_is_compared_at():
-    table = settings((128, 64, 2, 3.0, 0.25, 128.0, 0.0), (64, 64, 2, NAN, NAN, 64.0, 0.01))
-    best = best_setting(table, 0.05)
-    assert (best["target_stoc_len"], best["plain_stoc_len"], best["speedup"]) == (128, 64, 1.0)
-
-
-@pytest.mark.parametrize(
-    "table",
-    [
-        TABLE[TABLE["quality_loss"] > 0.1],
-        TABLE.assign(quality_loss=NAN),
-        TABLE.assign(tau=NAN),
-        TABLE.assign(c=NAN),
-        TABLE.assign(target_cycles=NAN),  # a floating-point target
-        TABLE.iloc[:0],
-    ],
-)
-def test_no_candidate_is_a_normal_answer(table):
-    assert best_setting(table, 0.1) is None
-
-
-def test_a_floating_point_target_is_not_what_short_streams_are_compared_with():
-    table = settings((128, 64, 2, 2.5, 0.5, 128.0, 0.01), (NAN, 8, 2, 3.0, NAN, NAN, 0.0))
-    assert best_setting(table, 0.05)["plain_stoc_len"] == 128
-
-
-@pytest.mark.parametrize("bound", [-0.1, NAN])
-def test_a_bound_that_is_none_is_refused(bound):
-    with pytest.raises(ValueError, match=f"max_quality_loss={bound}: must be 0 or more"):
-        best_setting(TABLE, bound)
 
 
 def test_modules_with_streams_of_their_own_cost_what_those_do():

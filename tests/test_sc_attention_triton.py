@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compile_sm90 import compiled
+from interpreter import DEVICE
 
 from scspec.sc import cpu_attention, triton_attention
 from scspec.sc.device import device_tables
@@ -12,7 +13,6 @@ from scspec.sc.streams import resolve_streams
 from scspec.sc.triton_attention import active_positions, attend
 from scspec.sc.triton_kv import DeviceKV, rotate_and_write, write
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SPEC = resolve_streams("bipolar", 8, 96, 128)
 FULL = resolve_streams("bipolar", 8, 256)  # counts in int16
 SHORT = resolve_streams("bipolar", 4, 5, sc_seed=2)  # streams repeat every 16 positions

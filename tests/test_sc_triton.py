@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from compile_sm90 import compiled
-from interpreter import DEVICE
+from interpreter import DEVICE, DTYPES
 from test_sc_matmul import GOLDEN_PATH
 
 from scspec import sc_matmul
@@ -22,7 +22,6 @@ from scspec.sc.matmul import backend_module, chunk_slices
 from scspec.sc.streams import resolve_streams
 from scspec.sc.triton import ADD, SILU_MUL, STORE
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 LENGTHS = (1, 100, 128, 200, 256)
 #: rows, outputs, depth: one and more groups of rows, blocks of outputs, chunks; none of them full, and all of them
 SHAPES = [
