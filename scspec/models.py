@@ -87,6 +87,19 @@ def local_folder(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else _fetch_from_hub(name)
 
 
+def folder_here(name: str) -> Path | None:
+    """Return the folder of model `name` if it is on this machine; None where it would have to be fetched."""
+    from huggingface_hub import snapshot_download
+
+    if name in ALIASES:
+        folder = _alias_folder(name)
+        return folder if folder.is_dir() else None
+    try:
+        return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # not in the hub's cache; a name that no file and no repository can have
+        return None
+
+
 def _weight_files(name: str, folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -108,10 +121,13 @@ def _fetch_from_hub(name: str) -> Path:
         ) from error
 
 
+def _alias_folder(name: str) -> Path:
+    return cache_folder() / f"{name}-{ALIASES[name].sha256[:12]}"
+
+
 def _fetch_alias(name: str) -> Path:
     """Return the folder of an alias, converted to safetensors once; safe against two processes at a time."""
-    source = ALIASES[name]
-    folder = cache_folder() / f"{name}-{source.sha256[:12]}"
+    source, folder = ALIASES[name], _alias_folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():

@@ -7,7 +7,6 @@ shown as ids.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -50,26 +49,11 @@ def tokenizer_here(model: str) -> Tokenizer | None:
 
     model: alias, folder or Hugging Face id.
     """
-    from scspec.models import load_tokenizer
+    from scspec.models import folder_here, load_tokenizer
 
-    folder = _folder_here(model)
+    folder = folder_here(model)  # `load_tokenizer` would fetch what is not here, weights and all
     try:
         return None if folder is None else getattr(load_tokenizer(str(folder)), "backend_tokenizer", None)
-    except (OSError, ValueError):
-        return None
-
-
-def _folder_here(model: str) -> Path | None:
-    """The folder of a model, None if it would have to be fetched: `load_tokenizer` would fetch its weights as well."""
-    from huggingface_hub import snapshot_download
-
-    from scspec.models import ALIASES, cache_folder
-
-    if model in ALIASES:
-        folder = cache_folder() / f"{model}-{ALIASES[model].sha256[:12]}"
-        return folder if folder.is_dir() else None
-    try:
-        return Path(model) if Path(model).is_dir() else Path(snapshot_download(model, local_files_only=True))
     except (OSError, ValueError):
         return None
 
