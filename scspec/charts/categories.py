@@ -3,7 +3,7 @@
 import altair as alt
 import pandas as pd
 
-from scspec.charts.parts import alpha_title, fields, legend_above, one_kind, records, subject, with_texts
+from scspec.charts.parts import alpha_title, fields, legend_above, one_kind, records, subject, tooltips, with_texts
 from scspec.charts.picks import dropdowns, length_color, picked
 from scspec.charts.points import lengths_of, point_table
 from scspec.stats import NO_INTERVAL
@@ -12,16 +12,8 @@ _ROW_PX, _GAP_PX = 15, 8
 
 _TOOLTIP = [
     alt.Tooltip("category:N", title="category"),
-    alt.Tooltip("target_stoc_len:O", title="target stoc_len (cycles)"),
-    alt.Tooltip("draft:N", title="draft's streams"),
-    alt.Tooltip("sc_prec:Q", title="sc_prec (bits)"),
-    alt.Tooltip("gamma:Q", title="gamma"),
-    alt.Tooltip("alpha:Q", title="alpha", format=".4f"),
-    alt.Tooltip("alpha_interval:N", title="alpha, 95 % interval"),
-    alt.Tooltip("tau:Q", title="tau (tokens per target pass)", format=".3f"),
-    alt.Tooltip("tau_interval_text:N", title="tau, 95 % interval"),
-    alt.Tooltip("prompts:Q", title="prompts"),
-    alt.Tooltip("tokens:Q", title="tokens", format=","),
+    *tooltips("target_stoc_len", "draft", "sc_prec", "gamma"),
+    *tooltips("alpha", "alpha_interval", "tau", "tau_interval_text", "prompts", "tokens"),
 ]
 
 

@@ -4,6 +4,7 @@ import altair as alt
 import pandas as pd
 
 from scspec.charts.parts import (
+    REFERENCE,
     TOOLTIP,
     TOOLTIP_FIELDS,
     alpha_title,
@@ -50,14 +51,13 @@ def _curves(cells: pd.DataFrame, quantity: str, interval: str, y: dict, *referen
     precision = table["sc_prec"].map(lambda bits: f"sc_prec {bits}, " if several else "")
     table["panel"] = precision + table["gamma"].map("gamma = {}".format)
     layers = _curve_layers(table, drafts, quantity, interval, y)
-    columns = panel_columns(table["gamma"].nunique())
-    layered = alt.layer(*references, *layers).properties(width=290 if columns < 4 else 235, height=240)
-    fields = {*TOOLTIP_FIELDS, "x", "draft", "streams", "curve", "panel", "ceiling", interval}
-    fields |= {quantity, f"{quantity}_lo", f"{quantity}_hi"}
+    across = panel_columns(table["gamma"].nunique())
+    layered = alt.layer(*references, *layers).properties(width=290 if across < 4 else 235, height=240)
+    columns = {*TOOLTIP_FIELDS, "x", "draft", "streams", "curve", "panel", "ceiling", interval}
+    columns |= {quantity, f"{quantity}_lo", f"{quantity}_hi"}
     facet = alt.Facet("panel:N", sort=list(dict.fromkeys(table["panel"])), header=alt.Header(title=None))
-    return legend_above(
-        layered.facet(facet, columns=columns, data=alt.InlineData(values=records(table[sorted(fields)])))
-    )
+    data = alt.InlineData(values=records(table[sorted(columns)]))
+    return legend_above(layered.facet(facet, columns=across, data=data))
 
 
 def alpha_chart(cells: pd.DataFrame) -> alt.FacetChart:
@@ -73,7 +73,7 @@ def tau_chart(cells: pd.DataFrame) -> alt.FacetChart:
         "title": "tau (tokens per target pass)",
         "scale": alt.Scale(domain=[1, int(cells["gamma"].max()) + 1]),
     }
-    ceiling = alt.Chart().mark_rule(strokeDash=[5, 4], strokeWidth=1).encode(y=alt.Y("max(ceiling):Q", **y))
+    ceiling = alt.Chart().mark_rule(**REFERENCE).encode(y=alt.Y("max(ceiling):Q", **y))
     return _curves(cells, "tau", "tau_interval", y, ceiling).properties(
         description=description("Block efficiency tau", cells)
     )

@@ -1,9 +1,18 @@
-"""What speedup a loss of quality buys: the small chart of a card."""
+"""What speedup a loss of quality buys: a point per cell, and the best so far."""
 
 import altair as alt
 import pandas as pd
 
-from scspec.charts.parts import TOOLTIP, TOOLTIP_FIELDS, legend_above, one_kind, records, subject
+from scspec.charts.parts import (
+    DRAFT_TOOLTIP,
+    REFERENCE,
+    TOOLTIP,
+    TOOLTIP_FIELDS,
+    legend_above,
+    one_kind,
+    records,
+    subject,
+)
 from scspec.charts.picks import draft_color, draft_pick, faded
 from scspec.charts.points import point_table
 
@@ -26,13 +35,13 @@ def frontier_chart(cells: pd.DataFrame) -> alt.LayerChart:
     tooltip = [
         alt.Tooltip("quality_loss:Q", title="rise of the target's perplexity", format=".1%"),
         alt.Tooltip("speedup_over_shortest:Q", title="speedup over the shortest acceptable target", format=".3f"),
-        alt.Tooltip("draft:N", title="draft's streams"),
+        DRAFT_TOOLTIP,
         *TOOLTIP,
     ]
     x = alt.X("quality_loss:Q", title="rise of the target's perplexity", axis=alt.Axis(format="%", tickCount=8))
     y = alt.Y("speedup_over_shortest:Q", title="modelled speedup", scale=alt.Scale(zero=False))
     pick = draft_pick()
-    even = alt.Chart().mark_rule(strokeDash=[5, 4], strokeWidth=1).encode(y=alt.datum(1))
+    even = alt.Chart().mark_rule(**REFERENCE).encode(y=alt.datum(1))
     best = alt.Chart(alt.InlineData(values=_frontier(table))).mark_line(interpolate="step-after", strokeWidth=1.5)
     best = best.encode(x=x, y=y)
     points = alt.Chart().mark_circle(size=60).encode(x=x, y=y, color=draft_color(drafts), opacity=faded(pick))

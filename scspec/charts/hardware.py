@@ -6,7 +6,7 @@ The formulas are those of `scspec.hardware`, as Vega expressions, since a page c
 import altair as alt
 import pandas as pd
 
-from scspec.charts.parts import fields, legend_above, one_kind, records, subject
+from scspec.charts.parts import REFERENCE, fields, legend_above, one_kind, records, subject, tooltips
 from scspec.charts.picks import draft_color, draft_pick, dropdowns, faded, picked
 from scspec.charts.points import length_axis, lengths_of, point_table
 from scspec.stats import NO_INTERVAL
@@ -19,9 +19,7 @@ _TIME = f"(gamma_slider * datum.c + {_TARGET_PASSES})"  # of a block, in plain p
 _WORK = "(gamma_slider * datum.c + gamma_slider + 1)"
 
 _SETTING = [
-    alt.Tooltip("target_stoc_len:Q", title="target stoc_len (cycles)"),
-    alt.Tooltip("draft_stoc_len:Q", title="draft stoc_len (cycles)"),
-    alt.Tooltip("sc_prec:Q", title="sc_prec (bits)"),
+    *tooltips("target_stoc_len", "draft_stoc_len", "sc_prec"),
     alt.Tooltip("c:Q", title="c (a draft token in target tokens, without LM head)", format=".3f"),
 ]
 _RESULTS = [
@@ -38,11 +36,11 @@ _PREDICTED = [
 ]
 _MEASURED = [
     *_SETTING,
-    alt.Tooltip("gamma:Q", title="gamma"),
+    *tooltips("gamma"),
     alt.Tooltip("tau:Q", title="measured tau", format=".3f"),
-    alt.Tooltip("tau_interval_text:N", title="tau, 95 % interval"),
+    *tooltips("tau_interval_text"),
     *_RESULTS,
-    alt.Tooltip("cell_id:N", title="cell"),
+    *tooltips("cell_id"),
 ]
 
 
@@ -132,7 +130,7 @@ def hardware_chart(cells: pd.DataFrame) -> alt.HConcatChart:
     *speedup, diamonds = _layers("speedup", "speedup over plain decoding", *marks)
     speedup.append(diamonds.add_params(pick))
     energy = _layers("energy", "energy per token, plain decoding = 1", *marks)
-    even = alt.Chart().mark_rule(strokeDash=[5, 4], strokeWidth=1).encode(y=alt.datum(1))  # nothing is gained
+    even = alt.Chart().mark_rule(**REFERENCE).encode(y=alt.datum(1))  # nothing is gained
     panels = (alt.layer(even, *layers).properties(width=330, height=240) for layers in (speedup, energy))
     chart = alt.hconcat(*panels, datasets=_datasets(table))
     chart = legend_above(chart.add_params(*_sliders(table["gamma"]), *picks.values()))

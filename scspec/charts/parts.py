@@ -37,6 +37,15 @@ def fields(tooltip: list[alt.Tooltip]) -> list[str]:
 
 
 TOOLTIP_FIELDS = fields(TOOLTIP)
+DRAFT_TOOLTIP = alt.Tooltip("draft:N", title="draft's streams")
+_BY_FIELD = dict(zip([*TOOLTIP_FIELDS, "draft"], [*TOOLTIP, DRAFT_TOOLTIP], strict=True))
+
+REFERENCE = {"strokeDash": [5, 4], "strokeWidth": 1}  # a rule at what values are compared with
+
+
+def tooltips(*names: str) -> list[alt.Tooltip]:
+    """Hover texts of some columns, those of TOOLTIP and "draft"."""
+    return [_BY_FIELD[name] for name in names]
 
 
 def interval_texts(table: pd.DataFrame, name: str, kind: str) -> list[str]:

@@ -3,7 +3,7 @@
 import altair as alt
 import pandas as pd
 
-from scspec.charts.parts import fields, interval_texts, legend_above, one_kind, panels, records, subject
+from scspec.charts.parts import fields, interval_texts, legend_above, one_kind, panels, records, subject, tooltips
 from scspec.charts.picks import dropdowns, length_color, picked
 from scspec.charts.points import lengths_of, point_table
 from scspec.stats import NO_INTERVAL
@@ -11,10 +11,7 @@ from scspec.stats import NO_INTERVAL
 _DODGE = 0.06  # of a position, between neighbouring lengths, so that their intervals stay apart
 
 _TOOLTIP = [
-    alt.Tooltip("target_stoc_len:O", title="target stoc_len (cycles)"),
-    alt.Tooltip("draft:N", title="draft's streams"),
-    alt.Tooltip("sc_prec:Q", title="sc_prec (bits)"),
-    alt.Tooltip("gamma:Q", title="gamma"),
+    *tooltips("target_stoc_len", "draft", "sc_prec", "gamma"),
     alt.Tooltip("i:Q", title="position in the block"),
     alt.Tooltip("alpha_i:Q", title="alpha_i", format=".4f"),
     alt.Tooltip("alpha_i_text:N", title="alpha_i, 95 % interval"),

@@ -3,7 +3,7 @@
 import altair as alt
 import pandas as pd
 
-from scspec.charts.parts import TOOLTIP, TOOLTIP_FIELDS, legend_above, one_kind, panels, records, subject
+from scspec.charts.parts import REFERENCE, TOOLTIP, TOOLTIP_FIELDS, legend_above, one_kind, panels, records, subject
 from scspec.charts.picks import draft_color, draft_pick, faded
 from scspec.charts.points import point_table
 from scspec.stats import NO_INTERVAL
@@ -18,7 +18,7 @@ def prediction_chart(cells: pd.DataFrame) -> alt.FacetChart:
     x = alt.X("predicted_tau:Q", title="tau predicted from alpha", scale=scale, axis=alt.Axis(tickCount=5))
     y = alt.Y("tau:Q", title="measured tau", scale=scale, axis=alt.Axis(tickCount=5))
     ends = alt.Chart().transform_aggregate(end="max(ceiling)").transform_calculate(start="1")
-    diagonal = ends.mark_rule(strokeDash=[5, 4], strokeWidth=1)
+    diagonal = ends.mark_rule(**REFERENCE)
     diagonal = diagonal.encode(x=alt.X("start:Q", scale=scale), y=alt.Y("start:Q", scale=scale), x2="end:Q", y2="end:Q")
     base = alt.Chart().encode(x=x, color=draft_color(drafts), opacity=faded(pick))
     points = base.mark_circle(size=75).encode(y=y, tooltip=TOOLTIP).add_params(pick)
