@@ -168,7 +168,7 @@ def page_of(folder, rows, **metadata):
     its = fake_metadata(keys, **metadata)
     (cell,) = (row for _, row in summarise(blocks, {keys["cell_id"]: its}).iterrows())
     path = folder / "cell.html"
-    write_page(path, "cell.html.j2", {**cell_page(cell, blocks, its, "../../../"), "charts": []})
+    write_page(path, "cell.html.j2", cell_page(cell, blocks, prompt_sums(blocks), its, "../../../"))
     return Page(path)
 
 
@@ -245,7 +245,7 @@ def test_the_numbers_of_prompts_are_those_of_stats(tmp_path):
     blocks["weight"] = np.random.default_rng(0).random(len(blocks))
     blocks = blocks.sample(frac=1, random_state=0)
     sums = prompt_sums(blocks).reset_index().sort_values("prompt_id")
-    found = pd.DataFrame(_by_prompt(blocks))
+    found = pd.DataFrame(_by_prompt(prompt_sums(blocks)))
     assert found[["prompt_id", "category"]].to_numpy().tolist() == sums[["prompt_id", "category"]].to_numpy().tolist()
     np.testing.assert_allclose(found["alpha"], alpha(sums), rtol=1e-12)
     np.testing.assert_allclose(found["tokens"], sums["tokens"], rtol=1e-12)

@@ -31,6 +31,7 @@ from scspec.report.pair import pair_page
 from scspec.report.render import write_page
 from scspec.report.run import Run, read_run
 from scspec.results import atomic_file
+from scspec.stats import prompt_sums
 
 
 def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_path: Path | str) -> pd.DataFrame:
@@ -55,11 +56,12 @@ def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_pat
 
 def _write_cells(run: Run, folder: Path) -> None:
     blocks = dict(iter(run.blocks.groupby("cell_id", sort=False)))
+    sums = dict(iter(prompt_sums(run.blocks).groupby(level="cell_id", sort=False))) if len(run.blocks) else {}
     for _, cell in run.summary.iterrows():
         cell_id = cell["cell_id"]
         root = "../" * (1 + cell_id.count("/"))
-        page = cell_page(cell, blocks[cell_id], run.metadata[cell_id], root)
-        write_page(folder / "cells" / f"{cell_id}.html", "cell.html.j2", {**page, "charts": []})
+        page = cell_page(cell, blocks[cell_id], sums[cell_id], run.metadata[cell_id], root)
+        write_page(folder / "cells" / f"{cell_id}.html", "cell.html.j2", page)
 
 
 def write_table(summary: pd.DataFrame, out_stem: Path | str) -> None:

@@ -5,17 +5,13 @@ from typing import Any
 import pandas as pd
 
 from scspec.charts import ARM_LABELS, decoding, number
-from scspec.jobs import AUDIT_ARM, GRID_ARM
+from scspec.jobs import GRID_ARM
 from scspec.report.headline import ShortestTexts, at_loss, best_speedups, speedup_text
 from scspec.report.provenance import provenance
 from scspec.report.run import Run, comparable, platforms
 from scspec.report.state import absent_cells
-from scspec.report.verdicts import (
-    BROKEN,
-    HOLDS,
-    audit_verdicts,
-    identity_verdicts,
-)
+from scspec.report.tables import controls_of, whole
+from scspec.report.verdicts import BROKEN, HOLDS, audit_verdicts, identity_verdicts
 from scspec.stats import KEPT_SHARE
 
 ACCEPTED_LOSS = 0.05  # rise of perplexity that the headline accepts until the reader moves the slider
@@ -92,18 +88,17 @@ def _alpha_range(grid: pd.DataFrame) -> str:
 
 def _control_rows(summary: pd.DataFrame) -> list[dict[str, str]]:
     """alpha of each control, a row per arm and setting."""
-    controls = summary[~summary["arm"].isin([GRID_ARM, AUDIT_ARM])]
     return [
         {
             "pair": cell.pair,
             "control": ARM_LABELS[cell.arm],
             "streams, target / draft": " / ".join(
-                "float" if pd.isna(length) else str(length) for length in (cell.target_stoc_len, cell.draft_stoc_len)
+                whole(length, "float") for length in (cell.target_stoc_len, cell.draft_stoc_len)
             ),
             "gamma": str(cell.gamma),
             "alpha": number(cell.alpha),
         }
-        for cell in controls.itertuples()
+        for cell in controls_of(summary).itertuples()
     ]
 
 

@@ -1,6 +1,6 @@
 """The page of a pair: charts of each way of decoding and platform, its controls, quality, cells and cost."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pandas as pd
@@ -22,7 +22,7 @@ from scspec.charts import (
 from scspec.hardware import speedup_over_other_length
 from scspec.jobs import AUDIT_ARM, GRID_ARM
 from scspec.report.headline import ShortestTexts
-from scspec.report.render import chart_entry
+from scspec.report.render import Chart, chart_entry
 from scspec.report.run import Run, comparable
 from scspec.report.tables import cell_tables, quality_rows
 from scspec.stats import KEPT_SHARE, MIN_PROMPTS, NO_INTERVAL, by_category, positions
@@ -48,15 +48,11 @@ def pair_page(run: Run, pair: str, stem: str, shortest: ShortestTexts) -> dict[s
         "charts": charts,
         "sections": sections,
         "tables": cell_tables(summary),
-        "quality": quality_rows(run.quality, {**run.plan, "cells": _planned(run, pair)}),
+        "quality": quality_rows(run.quality, [cell for cell in run.plan["cells"] if cell["pair"] == pair]),
         "kept_share": f"{KEPT_SHARE:.0%}",
         "min_prompts": MIN_PROMPTS,
         "costs": _costs(run, summary),
     }
-
-
-def _planned(run: Run, pair: str) -> list[dict[str, Any]]:
-    return [cell for cell in run.plan["cells"] if cell["pair"] == pair]
 
 
 def _sections(run: Run, summary: pd.DataFrame, shortest: ShortestTexts) -> Iterator[dict[str, Any]]:
@@ -68,13 +64,13 @@ def _sections(run: Run, summary: pd.DataFrame, shortest: ShortestTexts) -> Itera
             "platform": platform,
             "shortest": shortest[pair, do_sample, platform],
             "charts": [
-                chart_entry(f"{name}-{index}", title, chart(), f"{caption}.")
+                chart_entry(f"{name}-{index}", title, chart, f"{caption}.")
                 for name, title, chart, caption in _charts(run, cells[cells["arm"] != AUDIT_ARM], do_sample)
             ],
         }
 
 
-def _charts(run: Run, cells: pd.DataFrame, do_sample: bool) -> Iterator[tuple[str, str, Callable[[], Any], str]]:
+def _charts(run: Run, cells: pd.DataFrame, do_sample: bool) -> Iterator[tuple[str, str, Chart, str]]:
     """Yields (id, title, chart, caption) of what the cells of one section can show."""
     grid = cells[cells["arm"] == GRID_ARM]
     if len(grid):
@@ -83,58 +79,58 @@ def _charts(run: Run, cells: pd.DataFrame, do_sample: bool) -> Iterator[tuple[st
         yield (
             "controls",
             "Where SC costs acceptance",
-            lambda: controls_chart(cells),
+            controls_chart(cells),
             "Identity must lie exactly on the mark at 1, reseed shows what two equally good SC models disagree by, and "
-            f"the arms with a floating-point side show which side costs acceptance; {bars(cells)}",
+            f"the arms with a floating-point side show which side costs acceptance; {_bars(cells)}",
         )
 
 
-def _grid_charts(run: Run, grid: pd.DataFrame, do_sample: bool) -> Iterator[tuple[str, str, Callable[[], Any], str]]:
-    apart = f"drafts are moved sideways a little to keep them apart, and {bars(grid)}"
-    yield "alpha", "Acceptance", lambda: alpha_chart(grid), f"{_READ_ALPHA[do_sample]}; {apart}"
+def _grid_charts(run: Run, grid: pd.DataFrame, do_sample: bool) -> Iterator[tuple[str, str, Chart, str]]:
+    apart = f"drafts are moved sideways a little to keep them apart, and {_bars(grid)}"
+    yield "alpha", "Acceptance", alpha_chart(grid), f"{_READ_ALPHA[do_sample]}; {apart}"
     yield (
         "tau",
         "Block efficiency",
-        lambda: tau_chart(grid),
+        tau_chart(grid),
         "Each point is a cell: the tokens that one pass of the target yields, from 1 (as without a draft) to the "
         f"dashed line at gamma + 1 (every proposal accepted); {apart}",
     )
-    if grid["c"].notna().any():
+    if len(costed := grid[grid["c"].notna()]):
         yield (
             "hardware",
             "Gain in hardware, modelled",
-            lambda: hardware_chart(grid[grid["c"].notna()]),
+            hardware_chart(costed),
             "Speedup over plain SC decoding at the same target length, and energy of a token relative to it, with tau "
             "predicted from alpha at the gamma of the slider; hollow marks are cells measured at that gamma; P is how "
             "many rows of a target pass the array holds at once, and at P = 1 speculation cannot gain",
         )
-    if grid["quality_loss"].notna().any():
+    if len(measured := grid[grid["quality_loss"].notna()]):
         yield (
             "quality",
             "Quality beside acceptance",
-            lambda: quality_chart(grid[grid["quality_loss"].notna()]),
+            quality_chart(measured),
             "Each point is a cell, with its target's stoc_len beside it: far to the right SC has made the target a "
             "worse model, however well its draft agrees with it; perplexity is over the floating-point target's own "
             "continuations of the prompts",
         )
-    if (known := grid[grid["quality_loss"].notna() & grid["c"].notna()]).size:
+    if len(both := costed[costed["quality_loss"].notna()]):
         yield (
             "frontier",
             "What a loss of quality buys",
-            lambda: frontier_chart(_over_shortest(known)),
+            frontier_chart(_over_shortest(both)),
             "Each point is a cell: its modelled speedup, all rows at once, over plain SC decoding at the shortest "
             "target length here, and what SC costs its target; the line is the best that a loss up to there buys",
         )
     yield (
         "precision",
         "Acceptance by length and precision",
-        lambda: precision_map(grid),
+        precision_map(grid),
         "alpha of one draft for each stream length and precision of the target",
     )
     yield (
         "lengths",
         "Draft length against target length",
-        lambda: length_map(grid),
+        length_map(grid),
         "alpha for each pair of stream lengths: along a column the draft's streams shrink alone, along a row the "
         "target's",
     )
@@ -142,21 +138,21 @@ def _grid_charts(run: Run, grid: pd.DataFrame, do_sample: bool) -> Iterator[tupl
     yield (
         "positions",
         "Acceptance by position in the block",
-        lambda: positions_chart(positions(blocks), grid),
+        positions_chart(positions(blocks), grid),
         "alpha_i is the share of blocks that accepted proposal i among those that could, so that a falling line means "
-        f"that the draft strays from the target's text; {bars(grid)}",
+        f"that the draft strays from the target's text; {_bars(grid)}",
     )
     yield (
         "categories",
         "Acceptance by category of prompt",
-        lambda: categories_chart(by_category(blocks), grid),
+        categories_chart(by_category(blocks), grid),
         "alpha of the prompts of one category; bars are 95\u00a0% intervals over its prompts, where it has at least "
         f"{MIN_PROMPTS}",
     )
     yield (
         "prediction",
         "Measured against predicted tau",
-        lambda: prediction_chart(grid),
+        prediction_chart(grid),
         "On the diagonal agreement is as if positions were independent; above it agreement comes in runs",
     )
 
@@ -169,7 +165,7 @@ def _over_shortest(cells: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def bars(cells: pd.DataFrame) -> str:
+def _bars(cells: pd.DataFrame) -> str:
     """What a caption says of intervals."""
     if (cells["interval"] == NO_INTERVAL).all():
         return f"there are no intervals below {MIN_PROMPTS} prompts, so differences may be chance"

@@ -15,8 +15,10 @@ from markupsafe import Markup
 from scspec.charts import THEMES
 from scspec.results import atomic_file
 
+Chart = alt.TopLevelMixin  # what the functions of `scspec.charts` return
 
-def chart_entry(chart_id: str, title: str, chart: alt.TopLevelMixin, caption: str) -> dict[str, Any]:
+
+def chart_entry(chart_id: str, title: str, chart: Chart, caption: str) -> dict[str, Any]:
     """What a page needs of a chart; the page's theme has the frame, and the page says the mode itself."""
     spec = chart.to_dict()
     del spec["config"]["view"], spec["$schema"]

@@ -1,6 +1,5 @@
 """How far a grid has come: which of its cells are done, failed, or were not run yet."""
 
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -30,5 +29,5 @@ def _last_line(path: Path) -> str | None:
             text = file.read().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return None
-    lines = deque((line.strip() for line in text.splitlines() if line.strip()), maxlen=1)
-    return lines[0] if lines else None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else None

@@ -1,5 +1,6 @@
 """The tables of the report, as text: cells with their estimates, and the quality of their targets."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -35,9 +36,9 @@ def cell_tables(summary: pd.DataFrame) -> list[dict[str, Any]]:
     return tables
 
 
-def quality_rows(quality: dict[str, pd.DataFrame], plan: dict[str, Any]) -> list[dict[str, str]]:
-    """A row of text per target setting and source of text."""
-    targets = {cell["quality"]: cell["target"] for cell in plan["cells"] if cell.get("quality") in quality}
+def quality_rows(quality: dict[str, pd.DataFrame], planned: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
+    """A row of text per target setting and source of text; `planned`: cells of the plan."""
+    targets = {cell["quality"]: cell["target"] for cell in planned if cell.get("quality") in quality}
     rows = []
     for path, target in targets.items():
         for source in quality[path].itertuples():
@@ -64,9 +65,6 @@ def _rise_interval(source: Any) -> str:
 
 
 def _row(cell: Any, drafts: dict[str, str] | None) -> dict[str, str]:
-    def whole(value: Any, missing: str) -> str:
-        return missing if pd.isna(value) else str(value)
-
     def interval(name: str, kind: str) -> str:
         text = interval_text(*(getattr(cell, column) for column in (name, f"{name}_lo", f"{name}_hi")), kind)
         return NO_INTERVAL if kind == NO_INTERVAL else text
@@ -94,6 +92,11 @@ def _row(cell: Any, drafts: dict[str, str] | None) -> dict[str, str]:
         "tokens": f"{cell.tokens:,}",
         "tokens/s": _known(cell.tokens_per_s, "{:.1f}"),
     }
+
+
+def whole(value: Any, missing: str) -> str:
+    """A whole number as text, or what stands where there is none."""
+    return missing if pd.isna(value) else str(value)
 
 
 def _known(value: float, text: str) -> str:

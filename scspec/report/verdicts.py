@@ -4,17 +4,19 @@ A verdict is of cells that may be compared (`run.comparable`).
 """
 
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any
 
 import pandas as pd
 
 from scspec.charts import number
 from scspec.config import REPLAY
-from scspec.jobs import AUDIT_ARM
+from scspec.jobs import AUDIT_ARM, Cell
 from scspec.report.run import comparable
 
 IDENTITY = "identity"
 HOLDS, BROKEN, NOT_RUN, SAMPLED = "holds", "BROKEN: the run is broken", "not run", "sampled: other texts"
+_SETTINGS = {item.name for item in fields(Cell)} - {"id", "arm", "method"}  # what an audit shares with its replay
 _AUDITED = ["prompt_id", "turn", "block", "start", "emitted_ids", "accepted", "kept", "beta", "margin", "stop"]
 
 
@@ -55,8 +57,8 @@ def audit_verdicts(blocks: pd.DataFrame, summary: pd.DataFrame, plan: dict[str, 
 
 
 def _replay_of(audit: dict[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
-    own = ("id", "arm", "method", "path", "log")
-    same = [cell for cell in cells if all(cell[name] == audit[name] for name in audit if name not in own)]
+    settings = _SETTINGS & audit.keys()
+    same = [cell for cell in cells if all(cell[name] == audit[name] for name in settings)]
     return next(cell for cell in same if cell["method"] == REPLAY)
 
 
