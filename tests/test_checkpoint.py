@@ -324,7 +324,8 @@ cli.main(sys.argv[1:])
 
 def smollm2_cell(**changed) -> Cell:
     cells, _ = expand(load_experiment(read_config(REPOSITORY / "config.yaml")))
-    cell = next(cell for cell in cells if cell.arm == "sc_sc" and cell.stoc_len == 64)
+    wanted = ("smollm2-shorter", "sc_sc", 64)
+    cell = next(cell for cell in cells if (cell.pair, cell.arm, cell.stoc_len) == wanted)
     prompts = str(REPOSITORY / "prompts/smoke.jsonl")
     return dataclasses.replace(cell, prompt_file=prompts, prompt_sha256=sha256_of(prompts), **changed)
 

@@ -125,5 +125,6 @@ def test_a_model_that_was_not_fetched_is_named_in_one_line(
 ) -> None:
     done = run_cell(tmp_path, {**fetched[0], "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2
-    message = f"scspec: error: model '{MODEL}': not an alias (smollm2-135m), not a folder, and not to be had from"
+    aliases = "smollm2-135m, smollm2-distilled"
+    message = f"scspec: error: model '{MODEL}': not an alias ({aliases}), not a folder, and not to be had from"
     assert done.stderr.splitlines()[-1].startswith(message)
