@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_contract import GREEDY, PROMPTS, SAMPLED, check_identity, encode, plain, random_partition
+from test_contract import GREEDY, PROMPTS, SAMPLED, check_identity, encode, plain, random_partition, speculate
 
 from scspec.decoding import CachedScorer, Draws, decode_batch
 from scspec.decoding.request import Turn
@@ -80,6 +80,23 @@ def test_a_prompt_in_a_batch_of_16_gives_what_it_gives_alone(pair, tokenizer, sa
         assert all(block[1] == 4 and set(block[3]) == {1.0} for blocks in together for block in blocks)
     else:
         assert any(block[1] < 4 for blocks in together for block in blocks)
+
+
+def test_the_distilled_draft(pair, tokenizer):
+    """The text is the target's at gamma 1..8, a prompt in a batch what it is alone; its own identity holds."""
+    options = {"device": "cuda", "dtype": pair[0].dtype, "sc_overrides": {"sc_stoc_len": 128}}
+    draft, twin = (load_model("smollm2-distilled", **options) for _ in range(2))
+    for prompt in PROMPTS:
+        ids = encode(tokenizer, prompt)
+        wanted, own = plain(pair[0], ids, GREEDY, NEW_TOKENS), plain(draft, ids, GREEDY, NEW_TOKENS)
+        for gamma in range(1, 9):
+            assert speculate(pair[0], draft, ids, GREEDY, gamma, NEW_TOKENS, 64)[0] == wanted
+            check_identity(draft, twin, ids, GREEDY, gamma, wanted=own)
+    texts = [encode_turn(tokenizer, [], prompt.turns[0]) for prompt in load_prompts("prompts/bench48.jsonl")[:18]]
+    for sampling in (GREEDY, SAMPLED):
+        together = decoded(pair[0], draft, texts, sampling, 16)
+        assert together == decoded(pair[0], draft, texts, sampling, 1)
+        assert sum(block[1] for blocks in together for block in blocks), "nothing was accepted: is the draft trained?"
 
 
 def decoded(target, draft, texts, sampling, slots):
