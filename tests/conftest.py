@@ -9,6 +9,7 @@ from pathlib import Path
 import numba
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 if not torch.cuda.is_available():
@@ -23,6 +24,9 @@ from scspec.sc import triton
 MODEL = "smollm2-135m"
 ON_SLURM = ("tests/test_slurm", "tests/test_executor")
 correct_interpreter()
+# A machine that is busy with other tests takes longer than hypothesis likes, which is no fault of what is tested.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 
 def pytest_xdist_make_scheduler(config, log):

@@ -145,7 +145,7 @@ configs = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(configs)
 def test_ids_are_unique_and_safe_and_json_round_trips(config: dict[str, Any]) -> None:
     cells, invalid = expand(load_experiment(config))
@@ -164,7 +164,7 @@ def test_ids_are_unique_and_safe_and_json_round_trips(config: dict[str, Any]) ->
     assert len(set(invalid)) == len(invalid)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs, st.sampled_from(["stoc_len", "sc_prec", "gamma", "sc_seed", "sampling_seed"]), st.integers(2, 8))
 def test_a_value_more_on_an_axis_leaves_the_other_cells_as_they_are(
     config: dict[str, Any], name: str, value: int

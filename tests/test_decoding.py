@@ -88,7 +88,7 @@ def test_greedy_text_is_that_of_plain_decoding(gamma):
     assert torch.equal(text, plain)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(0, 11), min_size=1, max_size=6),
     st.sampled_from([0.0, 0.2, 1.0, 5.0]),

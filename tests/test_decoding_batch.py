@@ -82,7 +82,7 @@ def test_a_batch_of_any_size_is_its_prompts_alone(rule, eos):
         assert decode_together(models, TURNS[::-1], slots, capacity, **arguments) == alone[::-1]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 11), min_size=1, max_size=9), st.integers(1, 12), st.integers(0, 9)),

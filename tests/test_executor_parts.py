@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import os
 import pickle
 import signal
 import subprocess
 import time
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +18,9 @@ import pytest
 import snakemake_executor_plugin_submitit as plugin
 from snakemake_executor_plugin_submitit import Executor, ExecutorSettings, _check, options_of
 from snakemake_executor_plugin_submitit.attempts import Attempt, Command, Ledger
-from snakemake_executor_plugin_submitit.clusters import Local, Slurm
+from snakemake_executor_plugin_submitit.clusters import Debug, Local, Slurm
 from snakemake_interface_common.exceptions import WorkflowError
+from submitit.local.debug import DebugExecutor
 
 
 def job_asking(**resources: object) -> SimpleNamespace:
@@ -244,3 +247,21 @@ def test_a_job_that_ends_while_others_are_cancelled_stops_nothing(
         monkeypatch.setattr(Local, "alive", lambda self, folders: {attempt.id for attempt in attempts})
         Local("run").cancel(attempts)
         assert running.wait(10) == -signal.SIGINT
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit leaves its logs open
+def test_jobs_in_this_process_keep_their_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit names such a job by the address of its submission, which a later one may have if the first is freed."""
+    submit, submissions = DebugExecutor.submit, []
+
+    def recorded(executor: DebugExecutor, command: Command):
+        job = submit(executor, command)
+        submissions.append(weakref.ref(job.submission()))
+        return job
+
+    monkeypatch.setattr(DebugExecutor, "submit", recorded)
+    cluster, options = Debug("run"), options_of(job_asking(), ExecutorSettings())
+    ids = cluster.submit(tmp_path, [Command("true", str(number), tmp_path) for number in range(3)], options)
+    gc.collect()
+    assert len(set(ids)) == 3
+    assert all(submission() for submission in submissions)

@@ -47,7 +47,7 @@ def naive_warp(row: np.ndarray, config: SamplingConfig) -> np.ndarray:
     return np.array([kept.get(i, 0.0) / math.fsum(kept.values()) for i in range(len(row))])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(rows, configs)
 @example([0.0] * 10, SamplingConfig(True, top_p=0.5))
 @example([1.0, 3.0, 3.0, 3.0], SamplingConfig(True, top_k=2))
@@ -133,7 +133,6 @@ def test_config_errors_name_argument_value_and_allowed(name, value):
 
 
 @given(rows, rows, configs)
-@settings(deadline=None)
 def test_beta_is_the_overlap(a, b, config):
     size = max(len(a), len(b))
     p, q = (warp(row_of(values + [-math.inf] * (size - len(values))), config) for values in (a, b))

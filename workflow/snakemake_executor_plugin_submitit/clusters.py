@@ -183,11 +183,16 @@ def _arguments(pid: str) -> list[bytes]:
 class Debug(Cluster):
     """Each job in turn, in this process, while it is submitted."""
 
+    def __init__(self, run: str):
+        super().__init__(run)
+        self._jobs = []  # kept: a job's id is the address of its submission, which another could get
+
     def submit(self, folder: Path, commands: list[Command], options: Options) -> list[str]:
         return [self._run(folder, command) for command in commands]
 
     def _run(self, folder: Path, command: Command) -> str:
         job = DebugExecutor(folder).submit(command)
+        self._jobs.append(job)
         JobPaths(folder, job.job_id).result_pickle.write_bytes(pickle.dumps(("success", job.result())))
         return job.job_id
 
