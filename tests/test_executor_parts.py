@@ -249,7 +249,7 @@ def test_a_job_that_ends_while_others_are_cancelled_stops_nothing(
         assert running.wait(10) == -signal.SIGINT
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit leaves its logs open
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # submitit leaves its logs open
 def test_jobs_in_this_process_keep_their_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """submitit names such a job by the address of its submission, which a later one may have if the first is freed."""
     submit, submissions = DebugExecutor.submit, []
