@@ -22,8 +22,9 @@ from scspec.provenance import sha256_of
 from scspec.results import SCHEMA_VERSION
 from scspec.sc.knobs import PRESETS, resolve_knobs
 
-#: Blocks decoded before the first that counts, in each slot, if all their proposals are accepted; else more.
-WARM_UP_BLOCKS = 4
+#: Blocks decoded before the first that counts, in each slot, if all their proposals are accepted; else more. A GPU
+#: launches, captures and replays a shape before it is at its speed; a CPU compiles, once.
+WARM_UP_BLOCKS = {"cpu": 1, "cuda": 4}
 
 Save = Callable[[FinishedPrompt], None]
 Write = Callable[[list[dict[str, Any]], dict[str, Any]], None]
@@ -180,7 +181,7 @@ class Task:
     def _warm_up(self, prompt: Prompt, slots: int, gamma: int) -> list[Conversation]:
         """Return conversations whose blocks nobody counts: what is compiled or captured there is in no block's time."""
         ids = encode_turn(self.tokenizer, [], prompt.turns[0])
-        budget = min(WARM_UP_BLOCKS * (gamma + 1), self.spec.max_new_tokens)
+        budget = min(WARM_UP_BLOCKS[self.spec.device] * (gamma + 1), self.spec.max_new_tokens)
         return [(turn for turn in [Turn(ids, budget, Draws(0))]) for _ in range(slots)]
 
     def _conversation(self, prompt: Prompt, token_ids: list[list[int]], past_end: int) -> Conversation:
