@@ -25,6 +25,8 @@ from scspec.sc.knobs import PRESETS, resolve_knobs
 #: Blocks decoded before the first that counts, in each slot, if all their proposals are accepted; else more. A GPU
 #: launches, captures and replays a shape before it is at its speed; a CPU compiles, once.
 WARM_UP_BLOCKS = {"cpu": 1, "cuda": 4}
+#: Tokens of the prompt before them, None for all: a GPU compiles for many rows what it does not run for few.
+WARM_UP_TOKENS = {"cpu": 3, "cuda": None}
 
 Save = Callable[[FinishedPrompt], None]
 Write = Callable[[list[dict[str, Any]], dict[str, Any]], None]
@@ -180,7 +182,7 @@ class Task:
 
     def _warm_up(self, prompt: Prompt, slots: int, gamma: int) -> list[Conversation]:
         """Return conversations whose blocks nobody counts: what is compiled or captured there is in no block's time."""
-        ids = encode_turn(self.tokenizer, [], prompt.turns[0])
+        ids = encode_turn(self.tokenizer, [], prompt.turns[0])[: WARM_UP_TOKENS[self.spec.device]]
         budget = min(WARM_UP_BLOCKS[self.spec.device] * (gamma + 1), self.spec.max_new_tokens)
         return [(turn for turn in [Turn(ids, budget, Draws(0))]) for _ in range(slots)]
 
