@@ -32,13 +32,12 @@ COMPARED = ["prompt_id", "turn", "start", "emitted_ids", "accepted", "kept", "be
 
 
 def planned(arguments: argparse.Namespace) -> list[Cell]:
-    """Return the loop's cell of each gamma: pair smollm2-shorter, target 128 cycles, draft 96."""
+    """Return the loop's cell of each gamma: pair smollm2-shorter, target 128 cycles, draft 64."""
     config = read_config(REPOSITORY / "config.yaml")
     prompts = {"prompt_file": str(REPOSITORY / "prompts/bench48.jsonl"), "prompt_limit": arguments.prompts}
     axes = {"stoc_len": [128], "gamma": list(GAMMAS), "max_new_tokens": arguments.tokens, "demonstration": False}
     cells, _ = expand(load_experiment({**config, **prompts, **axes}))
-    drafts = [cell for cell in cells if cell.pair == "smollm2-shorter" and cell.arm == "sc_sc"]
-    return [cell for cell in drafts if cell.draft.sc["sc_stoc_len"] == 96]
+    return [cell for cell in cells if cell.pair == "smollm2-shorter" and cell.arm == "sc_sc"]
 
 
 def plain_and_teacher_forced_s(cell: Cell) -> tuple[float, float]:
