@@ -6,8 +6,9 @@ config -> cells -> (prompts, models -> patching) -> decoding (over sc + invarian
     config, cells        YAML -> Experiment -> the jobs there are
     jobs                 what a job is: a line of JSON, a Parquet file, the models it needs
     prompts              prompt files -> token ids
-    models, aliases,     where weights come from; the int8 weights of the draft in drafts/
-    int8, patching       and one model instance rewired to SC
+    models, aliases,     where weights come from; the int8 weights of the draft in drafts/;
+    conversion, int8,    and one model instance rewired to SC
+    patching
     sc, invariant        the stochastic matmul; batch-invariant float arithmetic
     decoding             plain and speculative decoding, exact
     task                 what jobs that run models share, and where these meet

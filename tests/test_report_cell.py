@@ -1,7 +1,5 @@
 """A cell's page: what became of each token, how tokens read, which prompts are shown, and that texts stay texts."""
 
-from types import SimpleNamespace
-
 import huggingface_hub
 import numpy as np
 import pandas as pd
@@ -9,7 +7,8 @@ import pytest
 from fake_cells import as_blocks, fake_keys, fake_metadata, fake_rows
 from report_pages import Page
 
-from scspec import models
+from scspec import aliases
+from scspec.aliases import alias_folder
 from scspec.prompts import load_prompts
 from scspec.provenance import sha256_of
 from scspec.report import cell as cell_module
@@ -292,12 +291,11 @@ def test_without_the_tokenizer_ids_are_shown_and_the_page_says_so(tmp_path, back
     assert "is not on this machine" not in page_of(tmp_path, fake_rows(fake_keys(), prompts=1)).text
 
 
-def test_no_model_is_fetched_for_a_page(tmp_path, monkeypatch):
-    """`load_tokenizer` fetches what is not here, weights too: it is asked for folders that are here only."""
-    asked = []
+def test_no_model_is_fetched_for_a_page(tmp_path, backend, monkeypatch):
+    """A model's folder is looked up: in the cache of aliases, or by the hub's library told to stay offline."""
+    folder = alias_folder(MODEL)
     monkeypatch.setenv("SCSPEC_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "load_tokenizer", asked.append)
-    hub = {"here/model": tmp_path}
+    hub = {"here/model": folder}
 
     def snapshot_download(name, *, local_files_only):
         assert local_files_only
@@ -306,19 +304,23 @@ def test_no_model_is_fetched_for_a_page(tmp_path, monkeypatch):
         return str(hub[name])
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    for name in (MODEL, "no/model", "here/model", str(tmp_path)):
-        assert tokenizer_here.__wrapped__(name) is None
-    assert asked == [str(tmp_path)] * 2
+    monkeypatch.setattr(aliases, "fetch_alias", lambda name: pytest.fail(f"fetched {name}"))
+    assert tokenizer_here.__wrapped__(MODEL) is None
+    assert tokenizer_here.__wrapped__("no/model") is None
+    for name in ("here/model", str(folder)):
+        assert tokenizer_here.__wrapped__(name).to_str() == backend.to_str()
 
 
-def test_a_name_or_folder_without_a_tokenizer_has_none(tmp_path):
-    for name in (str(tmp_path), "a name\0 that </script> is none", "nobody/nothing-of-the-kind"):
-        assert tokenizer_here.__wrapped__(name) is None
-
-
-def test_a_tokenizer_that_is_not_fast_counts_as_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: SimpleNamespace())
+@pytest.mark.parametrize("content", [None, b"", b"{}", b'{"model": {', b"\xff\xfe"])
+def test_a_folder_without_a_tokenizer_that_can_be_read_has_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_bytes(content)
     assert tokenizer_here.__wrapped__(str(tmp_path)) is None
+
+
+def test_a_name_that_is_no_model_has_no_tokenizer():
+    for name in ("a name\0 that </script> is none", "nobody/nothing-of-the-kind"):
+        assert tokenizer_here.__wrapped__(name) is None
 
 
 def prompt_file(folder, text, ids=("p00",)):

@@ -1,6 +1,6 @@
 """Blocks of a text -> pieces: what its tokens say, and what became of each.
 
-Not here: which prompts are shown. Nothing is fetched: where a model's tokenizer is not on this machine, its tokens are
+Not here: which prompts are shown. Nothing is fetched: where a model's tokenizer is not to be had here, its tokens are
 shown as ids.
 """
 
@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+
+from scspec.aliases import folder_here
 
 ACCEPTED, REJECTED, CORRECTION, BONUS = "accepted", "rejected", "correction", "bonus"
 TRANSCRIPT_COLUMNS = ("kept", "accepted", "gamma", "proposed_ids", "emitted_ids")
@@ -45,16 +47,14 @@ def visible(text: str) -> str:
 
 @cache
 def tokenizer_here(model: str) -> Tokenizer | None:
-    """The tokenizer of a model, None where it is not on this machine or has no fast form.
+    """The tokenizer of a model, None where it is not on this machine, has no tokenizer.json, or a broken one.
 
     model: alias, folder or Hugging Face id.
     """
-    from scspec.models import folder_here, load_tokenizer
-
-    folder = folder_here(model)  # `load_tokenizer` would fetch what is not here, weights and all
+    folder = folder_here(model)
     try:
-        return None if folder is None else getattr(load_tokenizer(str(folder)), "backend_tokenizer", None)
-    except (OSError, ValueError):
+        return None if folder is None else Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception:  # the library has no class of its own for a file that is missing or that it cannot read
         return None
 
 
