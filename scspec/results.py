@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from scspec.config import LOOP, REPLAY
@@ -78,6 +79,8 @@ CONTINUATIONS, TEXT_FILE = "continuations", "text_file"  # a row's `source`
 QUALITY_KEYS = METADATA_KEYS - {"cell"} | {"sources", "settings", "quality", "trajectory_file_sha256"}
 
 NULLABLE_INTEGERS = {field.name: "Int32" for field in SCHEMA if field.nullable and field.type == pa.int32()}
+#: List columns stay Arrow's: as a numpy array of every row they cost more than all that is done with them.
+_LIST_DTYPES = {field.type: pd.ArrowDtype(field.type) for field in SCHEMA if pa.types.is_list(field.type)}
 
 
 @contextmanager
@@ -201,17 +204,23 @@ def _check_columns(path: Path | str, found_schema: pa.Schema, schema: pa.Schema)
 
 
 def read_cell(path: Path | str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Returns (blocks: one row per block, list columns as numpy arrays; metadata) of one cell file.
+    """Returns (blocks: one row per block; metadata) of one cell file.
 
-    Integer columns that may hold nulls are pandas' Int32. Raises FileNotFoundError, or a one-line
-    ValueError naming the file if it is torn, foreign, of another schema version, or lacks a column.
+    List columns are Arrow's (`padded`, `list_lengths`); integer columns that may hold nulls are pandas' Int32. Raises
+    FileNotFoundError, or a one-line ValueError naming the file if it is torn, foreign, of another schema version, or
+    lacks a column.
     """
-    blocks, metadata = read_rows(path, SCHEMA, METADATA_KEYS)
-    return blocks.astype(NULLABLE_INTEGERS), metadata
+    table, metadata = _read_table(path, SCHEMA, METADATA_KEYS)
+    return _blocks(table), metadata
 
 
 def read_rows(path: Path | str, schema: pa.Schema, metadata_keys: Iterable[str]) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """`read_cell` for another schema and other metadata."""
+    """`read_cell` for another schema and other metadata; list columns as numpy arrays."""
+    table, metadata = _read_table(path, schema, metadata_keys)
+    return table.to_pandas(), metadata
+
+
+def _read_table(path: Path | str, schema: pa.Schema, metadata_keys: Iterable[str]) -> tuple[pa.Table, dict[str, Any]]:
     try:
         # ParquetFile, not read_table: that one reads `key=value` folders in the path as columns.
         with pq.ParquetFile(path) as file:
@@ -223,29 +232,41 @@ def read_rows(path: Path | str, schema: pa.Schema, metadata_keys: Iterable[str])
         raise ValueError(f"{path}: not a readable Parquet file ({reason})") from error
     metadata = _read_metadata(path, table.schema, metadata_keys)
     _check_columns(path, table.schema, schema)
-    return table.select(schema.names).to_pandas(), metadata
+    return table.select(schema.names).replace_schema_metadata(), metadata
+
+
+def _blocks(table: pa.Table) -> pd.DataFrame:
+    return table.to_pandas(types_mapper=_LIST_DTYPES.get).astype(NULLABLE_INTEGERS)
 
 
 def read_cells(paths: Iterable[Path | str]) -> tuple[pd.DataFrame, dict[str, dict[str, Any]]]:
     """Returns (the blocks of all cells, cell_id -> metadata); no paths give an empty table with all columns."""
-    tables, metadata = [], {}
+    tables, metadata = [SCHEMA.empty_table()], {}
     for path in paths:
-        blocks, its_metadata = read_cell(path)
-        cell_id = blocks["cell_id"].iloc[0]
+        table, its_metadata = _read_table(path, SCHEMA, METADATA_KEYS)
+        cell_id = table["cell_id"][0].as_py()
         if cell_id in metadata:
             raise ValueError(f"{path}: cell_id {cell_id!r} was already read from another file")
-        tables.append(blocks)
+        tables.append(table)
         metadata[cell_id] = its_metadata
-    if not tables:
-        return SCHEMA.empty_table().to_pandas().astype(NULLABLE_INTEGERS), {}
-    return pd.concat(tables, ignore_index=True), metadata
+    return _blocks(pa.concat_tables(tables)), metadata
+
+
+def _arrow(lists: pd.Series) -> pa.ListArray:
+    found = pa.array(lists, from_pandas=False)  # NaN in a list is no null
+    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+
+
+def list_lengths(lists: pd.Series) -> np.ndarray:
+    """Returns how many values each list of a list column has."""
+    return pc.list_value_length(_arrow(lists)).to_numpy()
 
 
 def padded(lists: pd.Series, fill: float) -> np.ndarray:
     """Returns a list column as a matrix (rows, longest list), the rest of each row `fill`."""
-    lengths = lists.map(len).to_numpy()
+    lengths = list_lengths(lists)
     present = np.arange(lengths.max()) < lengths[:, None]
-    values = np.concatenate(lists.to_list())
+    values = _arrow(lists).flatten().to_numpy()
     matrix = np.full(present.shape, fill, dtype=values.dtype)
     matrix[present] = values
     return matrix
@@ -259,9 +280,9 @@ def _expected(blocks: pd.DataFrame) -> np.ndarray:
 def _block_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
     """What can be wrong with a block in itself (Seam 2) -> (rows,) whether it is."""
     gamma, accepted, kept = (blocks[name].to_numpy() for name in ("gamma", "accepted", "kept"))
-    emitted = blocks["emitted_ids"].map(len).to_numpy()
+    emitted = list_lengths(blocks["emitted_ids"])
     stop, weight = blocks["stop"].astype(object), blocks["weight"].to_numpy()
-    proposed, replayed = blocks["proposed_ids"].map(len).to_numpy(), (blocks["method"] == REPLAY).to_numpy()
+    proposed, replayed = list_lengths(blocks["proposed_ids"]), (blocks["method"] == REPLAY).to_numpy()
     return {
         "method is not 'loop' or 'replay'": ~blocks["method"].isin([LOOP, REPLAY]).to_numpy(),
         "weight is not 1, or of a replayed sampled block in 0..1": (
@@ -277,7 +298,7 @@ def _block_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
         "accepted is outside 0..gamma": (accepted < 0) | (accepted > gamma),
         "emitted_ids holds not 1..accepted + 1 tokens": (emitted < 1) | (emitted > accepted + 1),
         "beta and margin do not have one value per emitted token": (
-            (blocks["beta"].map(len).to_numpy() != emitted) | (blocks["margin"].map(len).to_numpy() != emitted)
+            (list_lengths(blocks["beta"]) != emitted) | (list_lengths(blocks["margin"]) != emitted)
         ),
         "stop is not null, 'eos' or 'budget'": ~(stop.isna() | stop.isin(["eos", "budget"])).to_numpy(),
         "fewer than accepted + 1 tokens are emitted without a stop": ((emitted <= accepted) & stop.isna().to_numpy()),
@@ -306,23 +327,23 @@ def _content_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
         ).any(axis=1),
         # 1e-5: p and q may be float32, whose sum over a vocabulary is 1 only to about 1e-6
         "beta is outside 0..1": ((beta < -1e-5) | (beta > 1)).any(axis=1),
-        "beta is NaN": present.sum(axis=1) != blocks["beta"].map(len).to_numpy(),
+        "beta is NaN": present.sum(axis=1) != list_lengths(blocks["beta"]),
         "greedy, but beta is not 1 where accepted and 0 where rejected": (known & (beta != expected)).any(axis=1),
     }
 
 
 def _sequence_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
     """What can be wrong between a block and the next one of the same prompt and turn; `blocks` in order."""
-    following = blocks.shift(-1)
+    following = np.append(blocks["start"].to_numpy()[1:], 0)
     last = np.ones(len(blocks), dtype=bool)
-    last[:-1] = (blocks[_TEXT].iloc[:-1].to_numpy() != blocks[_TEXT].iloc[1:].to_numpy()).any(axis=1)
+    last[:-1] = np.diff(_texts_of(blocks)) != 0
     stopped = blocks["stop"].notna().to_numpy()
-    end = blocks["start"].to_numpy() + blocks["emitted_ids"].map(len).to_numpy()
+    end = blocks["start"].to_numpy() + list_lengths(blocks["emitted_ids"])
     counted = ~_expected(blocks)
     return {
         "the last block of a prompt has no stop": counted & last & ~stopped,
         "stop is set, but another block follows": counted & ~last & stopped,
-        "the next block does not start where this one ends": (counted & ~last & (following["start"].to_numpy() != end)),
+        "the next block does not start where this one ends": (counted & ~last & (following != end)),
         "its text is not expected to end once": _endings(blocks, stopped),
     }
 
@@ -332,16 +353,22 @@ def _endings(blocks: pd.DataFrame, stopped: np.ndarray) -> np.ndarray:
 
     1e-9: it is a sum of products of probabilities, in float64, over at most a few thousand blocks.
     """
-    ended = blocks["weight"].where(stopped, 0.0).groupby([blocks[name] for name in _TEXT]).transform("sum")
-    return _expected(blocks) & (np.abs(ended - 1).to_numpy() > 1e-9)
+    texts = _texts_of(blocks)
+    ended = np.bincount(texts, np.where(stopped, blocks["weight"], 0.0))[texts]
+    return _expected(blocks) & (np.abs(ended - 1) > 1e-9)
 
 
-_TEXT = ["cell_id", "prompt_id", "turn"]
+def _texts_of(blocks: pd.DataFrame) -> np.ndarray:
+    """The number of each block's text: 0, 1, ... in the order in which cell, prompt and turn first appear together."""
+    return blocks.groupby(["cell_id", "prompt_id", "turn"], sort=False).ngroup().to_numpy()
 
 
 def check_identities(blocks: pd.DataFrame) -> None:
     """Returns nothing; raises ValueError with the first block that violates a counter identity of Seam 2."""
-    blocks = blocks.sort_values([*_TEXT, "block"], kind="stable", ignore_index=True)
+    order = np.lexsort((blocks["block"], _texts_of(blocks)))
+    if (order != np.arange(len(blocks))).any():  # a file has its blocks in order
+        blocks = blocks.take(order)
+    blocks = blocks.reset_index(drop=True)
     for faults_of in (_block_faults, _content_faults, _sequence_faults):
         for fault, wrong in faults_of(blocks).items() if len(blocks) else ():
             if wrong.any():

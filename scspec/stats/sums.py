@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from scspec.results import padded
+from scspec.results import list_lengths, padded
 
 TIMES = ("draft_time_s", "verify_time_s")
 RESAMPLED = ("beta_sum", "beta_count")  # what intervals need, beside the sums of each position
@@ -101,7 +101,7 @@ ESTIMATES = {
 def _block_sums(blocks: pd.DataFrame) -> pd.DataFrame:
     """A row per block with the columns of SUMS and at_risk_i, succeeded_i for i = 1..the largest gamma, each times
     the block's weight."""
-    emitted = blocks["beta"].map(len).to_numpy()
+    emitted = list_lengths(blocks["beta"])
     gamma, accepted = blocks["gamma"].to_numpy(), blocks["accepted"].to_numpy()
     beta = padded(blocks["beta"], 0.0)
     evaluated = np.arange(beta.shape[1]) < gamma[:, None]  # not the bonus position
