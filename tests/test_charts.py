@@ -325,10 +325,10 @@ def test_quality_is_the_distance_to_the_right(grid):
     measured = grid.assign(quality_loss=0.25, perplexity=5.0, float_perplexity=4.0, target_tv=0.1, target_kl=0.2)
     spec = quality_chart(measured).to_dict()
     point, label = spec["layer"]
-    assert (point["encoding"]["x"]["field"], point["encoding"]["y"]["field"]) == ("quality_loss", "alpha")
+    assert (point["encoding"]["x"]["field"], point["encoding"]["y"]["field"]) == ("perplexity_ratio", "alpha")
     assert label["encoding"]["text"]["field"] == "target_stoc_len"
     assert label["encoding"]["y"] == {"aggregate": "max", "field": "alpha", "type": "quantitative"}
-    assert {row["quality_loss"] for row in values(spec)} == {0.25}
+    assert {(row["quality_loss"], row["perplexity_ratio"]) for row in values(spec)} == {(0.25, 1.25)}
     assert len(values(spec)) == len(grid)
     with pytest.raises(ValueError, match="one pair"):
         quality_chart(pd.concat([measured, measured.assign(pair="another")]))

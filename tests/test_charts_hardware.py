@@ -35,9 +35,9 @@ def chart(cells):
     return vl_convert.vegalite_to_vega(hardware_chart(cells).to_dict())
 
 
-def drawn(vega, gamma, rows_at_once):
-    """quantity -> {(shape, draft_stoc_len): what Vega computed} at these positions of the sliders."""
-    sliders = {"gamma_slider": gamma, "rows_at_once": rows_at_once}
+def drawn(vega, gamma, rows_at_once, head="without LM head"):
+    """quantity -> {(shape, draft_stoc_len): what Vega computed} at these positions of the sliders and of the choice."""
+    sliders = {"gamma_slider": gamma, "rows_at_once": rows_at_once, "lm_head_macs": head}
     signals = [{**its, "value": sliders.get(its["name"], its.get("value"))} for its in vega["signals"]]
     scene = vl_convert.vega_to_scenegraph({**vega, "signals": signals})["scenegraph"]
     found = {"speedup over plain decoding": {}, "energy per token, plain decoding = 1": {}}
@@ -83,6 +83,24 @@ def test_measured_cells_of_the_gamma_are_diamonds(cells, chart, gamma):
         (cell,) = cells[(cells["draft_stoc_len"] == draft) & (cells["gamma"] == gamma)].to_dict("records")
         assert found["speedup"]["diamond", draft] == pytest.approx(cell["speedup_at_once"], rel=1e-6)
         assert found["energy"]["diamond", draft] == pytest.approx(cell["energy_ratio"], rel=1e-6)
+
+
+def test_with_the_lm_heads_cells_are_what_the_model_says_with_them(cells):
+    """Their draft's head is as large as their target's, so c is nearer to 1."""
+    its = cells.assign(c_with_head=(1 + cells["c"]) / 2)
+    vega = vl_convert.vegalite_to_vega(hardware_chart(its).to_dict())
+    for head, column in (("without LM head", "c"), ("with LM head", "c_with_head")):
+        found = drawn(vega, 2, 32, head)
+        for cell in its[its["gamma"] == 2].to_dict("records"):
+            of_cell = cell["tau"], 2, cell[column]
+            at = "diamond", cell["draft_stoc_len"]
+            assert found["speedup"][at] == pytest.approx(float(speedup_at_once(*of_cell)), rel=1e-6)
+            assert found["energy"][at] == pytest.approx(float(energy_ratio(*of_cell)), rel=1e-6)
+            predicted = predicted_tau(pooled_alpha(its, cell["draft_stoc_len"]), 2)
+            of_point = float(speedup_at_once(predicted, 2, cell[column]))
+            assert found["speedup"]["circle", cell["draft_stoc_len"]] == pytest.approx(of_point, rel=1e-6)
+    choice = parameters(hardware_chart(its).to_dict())["lm_head_macs"]
+    assert (choice["value"], choice["bind"]["options"]) == ("without LM head", ["without LM head", "with LM head"])
 
 
 def test_no_diamonds_at_a_gamma_that_was_not_measured(chart):
@@ -132,12 +150,12 @@ def test_the_frontier_is_the_best_so_far(cells):
     even, best, points = spec["layer"]
     assert even["encoding"]["y"]["datum"] == 1
     assert best["mark"]["interpolate"] == "step-after"
-    steps = [(row["quality_loss"], row["speedup_over_shortest"]) for row in spec["datasets"][best["data"]["name"]]]
-    assert steps == [(0.1, 1.1), (0.2, 1.1), (0.3, 1.4)]
+    steps = [(row["perplexity_ratio"], row["speedup_over_shortest"]) for row in spec["datasets"][best["data"]["name"]]]
+    assert steps == [(1.1, 1.1), (1.2, 1.1), (1.3, 1.4)]
     assert (points["encoding"]["x"]["field"], points["encoding"]["y"]["field"]) == (
-        "quality_loss",
+        "perplexity_ratio",
         "speedup_over_shortest",
     )
-    assert points["encoding"]["x"]["axis"]["format"] == "%"
+    assert points["encoding"]["x"]["scale"]["type"] == "log"
     assert len(values(spec)) == 4
     assert (spec["width"], spec["height"]) == (420, 200)

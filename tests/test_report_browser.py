@@ -208,7 +208,8 @@ CARD = """
 def test_the_slider_of_a_card_moves_its_headline(tmp_path):
     cells = (fake_keys(stoc_len=64, draft_stoc_len=16), 1, 3), (fake_keys(draft_stoc_len=64), 1, 2.25)
     index = report_of(tmp_path, write_measured(tmp_path, *cells)).index
-    assert "none No target of the grid is that good: perplexity rises by 12.5% or more." in index.text
+    assert "keeps the rise of its perplexity within +5%. This is what the nearest allows: 1.667\xa0\xd7" in index.text
+    assert "Accepted rise of the target's perplexity: +12.5%" in index.text
     document, console, _ = visit(tmp_path, probed(index.source, CARD))
     assert console == []
     none, best = noted(document, "texts")
@@ -219,3 +220,12 @@ def test_the_slider_of_a_card_moves_its_headline(tmp_path):
     ]
     assert (best[0], best[2]) == ("2.500\xa0\xd7", "+50.0%")  # 5 / (4 / 4 + 1) at 64, 5 / (4 / 2 + 1) / 2 at 128
     assert "Target 64 cycles, draft 16 cycles (1/4 as long), gamma 4" in best[1]
+
+
+def test_a_card_starts_at_the_loss_that_is_accepted(tmp_path):
+    cells = (fake_keys(stoc_len=64, draft_stoc_len=16), 1, 3), (fake_keys(draft_stoc_len=64), 1, 2.02)
+    index = report_of(tmp_path, write_measured(tmp_path, *cells)).index
+    assert "Accepted rise of the target's perplexity: +5%" in index.text
+    assert "what the nearest allows" not in index.text
+    shown = "1.667\xa0\xd7 Over plain SC decoding at the shortest acceptable length, 128 cycles; 1.667"
+    assert shown in index.text  # 5 / (4 / 2 + 1)

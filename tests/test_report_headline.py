@@ -44,6 +44,20 @@ def test_a_longer_target_is_compared_with_plain_decoding_at_the_shortest_too():
     assert last["plain_stoc_len"] == 64
 
 
+def test_with_the_lm_heads_another_setting_may_be_best():
+    summary = summary_of({(128, 32, 4): 0.01, (128, 32, 1): 0.01}, alpha=1)
+    summary["c"], summary["c_with_head"] = 0.0, 1.0
+    for end, c in (("", 0.0), ("_with_head", 1.0)):
+        summary[f"speedup_at_once{end}"] = summary["tau"] / (summary["gamma"] * c + 1)
+    (step,) = best_speedups(summary)
+    assert (step["cell"]["gamma"], step["speedup"]) == (4, 5.0)
+    assert step["speedup_with_head"] == 1.0  # 5 / (4 + 1) and 2 / (1 + 1)
+    assert "where LM heads count too, 1.000\u00a0\u00d7 at best" in speedup_text(step)["sentence"]
+    summary["c_with_head"] = [9.0, 0.0]
+    (step,) = best_speedups(summary)
+    assert (step["speedup"], step["speedup_with_head"]) == (5.0, 2.0)
+
+
 def test_no_step_without_a_measured_quality():
     assert best_speedups(summary_of({(128, 32, 4): math.nan})) == []
 

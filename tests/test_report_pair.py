@@ -149,3 +149,18 @@ def test_quality_stands_beside_acceptance(tmp_path):
 
 def test_without_quality_the_page_says_that_nothing_tells_how_good_the_targets_are(grid):
     assert "Not measured: quality.enabled is false, or its files are missing." in grid.pair().text
+
+
+def test_seeds_of_a_setting_are_pooled(tmp_path):
+    seeds = [(fake_keys(sc_seed=seed), truth) for seed, truth in enumerate((0.5, 0.6, 0.7))]
+    report = report_of(tmp_path, write(tmp_path / "data", *seeds, (fake_keys(gamma=2), 0.7)))
+    pooled = report.pair().source.partition("Pooled over seeds of the SC noise</h3>")[2].partition("</table>")[0]
+    assert pooled.count("<tr>") == 2  # the head, and gamma 4: gamma 2 has one seed
+    alphas = report.summary.loc[report.summary["gamma"] == 4, "alpha"]
+    cells = re.findall(r"<td[^>]*>(.*)</td>", pooled)
+    assert cells[:6] == ["same length", "128 / 128", "8", "4", "3", "8"]
+    assert (cells[6], cells[8]) == (number(alphas.mean()), number(alphas.std(ddof=1)))
+
+
+def test_nothing_is_pooled_where_settings_have_one_seed(grid):
+    assert "Pooled over" not in grid.pair().source

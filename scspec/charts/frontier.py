@@ -14,12 +14,12 @@ from scspec.charts.parts import (
     subject,
 )
 from scspec.charts.picks import draft_color, draft_pick, faded
-from scspec.charts.points import point_table
+from scspec.charts.points import point_table, quality_axis, with_ratio
 
 
-def _frontier(table: pd.DataFrame) -> list[dict]:
+def _frontier(table: pd.DataFrame) -> tuple[dict, ...]:
     """The best speedup of all cells whose loss is at most that of a row, a row per loss."""
-    best = table.groupby("quality_loss")["speedup_over_shortest"].max().cummax()
+    best = table.groupby("perplexity_ratio")["speedup_over_shortest"].max().cummax()
     return records(best.reset_index())
 
 
@@ -31,14 +31,14 @@ def frontier_chart(cells: pd.DataFrame) -> alt.LayerChart:
     cells, or a line would join what cannot be compared. Raises ValueError as `alpha_chart` does.
     """
     one_kind(cells)
-    table, drafts = point_table(cells)
+    table, drafts = point_table(with_ratio(cells))
     tooltip = [
         alt.Tooltip("quality_loss:Q", title="rise of the target's perplexity", format=".1%"),
         alt.Tooltip("speedup_over_shortest:Q", title="speedup over the shortest acceptable target", format=".3f"),
         DRAFT_TOOLTIP,
         *TOOLTIP,
     ]
-    x = alt.X("quality_loss:Q", title="rise of the target's perplexity", axis=alt.Axis(format="%", tickCount=8))
+    x = quality_axis()
     y = alt.Y("speedup_over_shortest:Q", title="modelled speedup", scale=alt.Scale(zero=False))
     pick = draft_pick()
     even = alt.Chart().mark_rule(**REFERENCE).encode(y=alt.datum(1))
@@ -46,7 +46,7 @@ def frontier_chart(cells: pd.DataFrame) -> alt.LayerChart:
     best = best.encode(x=x, y=y)
     points = alt.Chart().mark_circle(size=60).encode(x=x, y=y, color=draft_color(drafts), opacity=faded(pick))
     points = points.encode(tooltip=tooltip).add_params(pick)
-    columns = sorted({*TOOLTIP_FIELDS, "draft", "quality_loss", "speedup_over_shortest"})
+    columns = sorted({*TOOLTIP_FIELDS, "draft", "quality_loss", "perplexity_ratio", "speedup_over_shortest"})
     chart = alt.layer(even, best, points, data=alt.InlineData(values=records(table[columns])))
     chart = legend_above(chart.properties(width=420, height=200))
     return chart.properties(description=f"Modelled speedup against the target's loss of quality, {subject(cells)}")

@@ -1,4 +1,4 @@
-"""Modelled speedup and energy, at the gamma and the number of rows at once that sliders set.
+"""Modelled speedup and energy, at the gamma, the rows at once and the MACs that a reader sets.
 
 The formulas are those of `scspec.hardware`, as Vega expressions, since a page computes them anew at each move.
 """
@@ -15,12 +15,14 @@ _LARGEST_GAMMA, _LARGEST_ROWS = 16, 32
 
 _TARGET_PASSES = "ceil((gamma_slider + 1) / rows_at_once)"
 _PREDICTED_TAU = "datum.alpha === 1 ? gamma_slider + 1 : (1 - pow(datum.alpha, gamma_slider + 1)) / (1 - datum.alpha)"
-_TIME = f"(gamma_slider * datum.c + {_TARGET_PASSES})"  # of a block, in plain passes of one row
-_WORK = "(gamma_slider * datum.c + gamma_slider + 1)"
+_HEADS = ("without LM head", "with LM head")
+_RELATIVE_COST = f"lm_head_macs === '{_HEADS[1]}' ? datum.c_with_head : datum.c"
+_TIME = f"(gamma_slider * datum.cost + {_TARGET_PASSES})"  # of a block, in plain passes of one row
+_WORK = "(gamma_slider * datum.cost + gamma_slider + 1)"
 
 _SETTING = [
     *tooltips("target_stoc_len", "draft_stoc_len", "sc_prec"),
-    alt.Tooltip("c:Q", title="c (a draft token in target tokens, without LM head)", format=".3f"),
+    alt.Tooltip("cost:Q", title="c (a draft token in target tokens)", format=".3f"),
 ]
 _RESULTS = [
     alt.Tooltip("speedup:Q", title="speedup", format=".3f"),
@@ -51,7 +53,7 @@ def _pooled(table: pd.DataFrame) -> pd.DataFrame:
     """
     table = table.assign(agreed=table["alpha"] * table["tokens"])
     groups = table.groupby(["draft", "target_stoc_len", "draft_stoc_len", "sc_prec"], sort=False)
-    first = {name: (name, "first") for name in ("c", "x")}
+    first = {name: (name, "first") for name in ("c", "c_with_head", "x")}
     sums = {name: (name, "sum") for name in ("agreed", "tokens")}
     ends = {"low": ("alpha", "min"), "high": ("alpha", "max"), "cells": ("cell_id", "size")}
     pooled = groups.agg(**first, **sums, **ends).reset_index()
@@ -59,26 +61,30 @@ def _pooled(table: pd.DataFrame) -> pd.DataFrame:
     return pooled.assign(alpha=pooled["agreed"] / pooled["tokens"], alphas=alphas)
 
 
-def _sliders(gammas: pd.Series) -> list[alt.Parameter]:
-    """gamma, first the grid's largest, and P, first so large that it holds all rows of a target pass."""
+def _controls(gammas: pd.Series) -> list[alt.Parameter]:
+    """gamma, first the grid's largest; P, first so large that it holds all rows of a target pass; and the LM head."""
     largest = int(gammas.max())
     ranges = {
         "gamma_slider": ("gamma ", max(_LARGEST_GAMMA, largest), largest),
         "rows_at_once": ("P, rows at once ", max(_LARGEST_ROWS, largest + 1), max(_LARGEST_ROWS, largest + 1)),
     }
+    head = alt.binding_radio(options=list(_HEADS), name="MACs counted ")
     return [
-        alt.param(name=name, value=value, bind=alt.binding_range(min=1, max=most, step=1, name=label))
-        for name, (label, most, value) in ranges.items()
+        *(
+            alt.param(name=name, value=value, bind=alt.binding_range(min=1, max=most, step=1, name=label))
+            for name, (label, most, value) in ranges.items()
+        ),
+        alt.param(name="lm_head_macs", value=_HEADS[0], bind=head),
     ]
 
 
-def _datasets(table: pd.DataFrame) -> dict[str, list[dict]]:
+def _datasets(table: pd.DataFrame) -> dict[str, tuple[dict, ...]]:
     """The rows of the points and of the diamonds."""
-    computed = {"predicted", "speedup", "energy"}
-    place = ["draft", "x"]
+    computed = {"cost", "predicted", "speedup", "energy"}
+    both = ["draft", "x", "c", "c_with_head"]
     columns = {
-        "settings": [*place, *fields(_PREDICTED)],
-        "cells": [*place, *fields(_MEASURED), "tau_lo", "tau_hi", "tau_interval"],
+        "settings": [*both, *fields(_PREDICTED)],
+        "cells": [*both, *fields(_MEASURED), "tau_lo", "tau_hi", "tau_interval"],
     }
     tables = {"settings": _pooled(table), "cells": table}
     return {
@@ -88,12 +94,13 @@ def _datasets(table: pd.DataFrame) -> dict[str, list[dict]]:
 
 
 def _predicted() -> alt.Chart:
-    chart = alt.Chart(alt.NamedData("settings")).transform_calculate(predicted=_PREDICTED_TAU)
+    chart = alt.Chart(alt.NamedData("settings")).transform_calculate(cost=_RELATIVE_COST, predicted=_PREDICTED_TAU)
     return chart.transform_calculate(speedup=f"datum.predicted / {_TIME}", energy=f"{_WORK} / datum.predicted")
 
 
 def _measured() -> alt.Chart:
     chart = alt.Chart(alt.NamedData("cells")).transform_filter("datum.gamma === gamma_slider")
+    chart = chart.transform_calculate(cost=_RELATIVE_COST)
     ends = {"": "tau", "_lo": "tau_lo", "_hi": "tau_hi"}
     speedups = {f"speedup{end}": f"datum.{tau} / {_TIME}" for end, tau in ends.items()}
     energies = {f"energy{end}": f"{_WORK} / datum.{tau}" for end, tau in ends.items()}
@@ -115,7 +122,8 @@ def _layers(
 
 def hardware_chart(cells: pd.DataFrame) -> alt.HConcatChart:
     """Speedup and energy of a token relative to plain decoding at the same target length, against the target's
-    stoc_len, at the gamma and P (rows of a target pass at once) of two sliders; a dropdown picks sc_prec.
+    stoc_len, at the gamma and P (rows of a target pass at once) of two sliders, without the MACs of the LM heads or
+    with them; a dropdown picks sc_prec.
 
     cells: summary rows with c known (`hardware.modelled`) of one pair, arm sc_sc. Points: with tau predicted from the
     alpha of the cells of all gammas and seeds, weighted by tokens. Hollow diamonds: with the tau of cells measured at
@@ -133,6 +141,6 @@ def hardware_chart(cells: pd.DataFrame) -> alt.HConcatChart:
     even = alt.Chart().mark_rule(**REFERENCE).encode(y=alt.datum(1))  # nothing is gained
     panels = (alt.layer(even, *layers).properties(width=330, height=240) for layers in (speedup, energy))
     chart = alt.hconcat(*panels, datasets=_datasets(table))
-    chart = legend_above(chart.add_params(*_sliders(table["gamma"]), *picks.values()))
+    chart = legend_above(chart.add_params(*_controls(table["gamma"]), *picks.values()))
     about = f"Modelled speedup and energy against the target's stream length, {subject(cells)}; sliders for gamma and P"
     return chart.properties(description=about)

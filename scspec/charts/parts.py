@@ -10,9 +10,9 @@ from scspec.charts.labels import decoding, interval_text
 from scspec.stats import PLATFORM_COLUMNS
 
 
-def records(table: pd.DataFrame, decimals: int = 15) -> list[dict]:
-    """Rows as JSON has them, NaN as null."""
-    return json.loads(table.to_json(orient="records", double_precision=decimals))
+def records(table: pd.DataFrame, decimals: int = 15) -> tuple[dict, ...]:
+    """Rows as JSON has them, NaN as null. A tuple, since Altair copies a list, rows and all, at nearly every step."""
+    return tuple(json.loads(table.to_json(orient="records", double_precision=decimals)))
 
 
 TOOLTIP = [
@@ -85,7 +85,9 @@ def legend_above(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
     return chart.configure_legend(orient="top", direction="horizontal", columns=3)
 
 
-def panels(layered: alt.LayerChart, cells: pd.DataFrame, values: list[dict], width: int, height: int) -> alt.FacetChart:
+def panels(
+    layered: alt.LayerChart, cells: pd.DataFrame, values: tuple[dict, ...], width: int, height: int
+) -> alt.FacetChart:
     """A panel per gamma of the cells, at most four in a row, and rows as equal as they can be."""
     gammas = cells["gamma"].nunique()
     facet = alt.Facet("gamma:O", header=alt.Header(title=None, labelExpr="'gamma = ' + datum.value"))

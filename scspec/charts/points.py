@@ -42,3 +42,18 @@ def length_axis(lengths: list[int]) -> alt.X:
         scale=alt.Scale(type="log", base=2, domain=[lengths[0] / margin, lengths[-1] * margin], nice=False),
         axis=alt.Axis(values=lengths, format="d", grid=False, labelOverlap="greedy"),
     )
+
+
+def with_ratio(cells: pd.DataFrame) -> pd.DataFrame:
+    """Cells whose targets' quality is known, with perplexity_ratio: in SC, over in floating point."""
+    return cells.assign(perplexity_ratio=1 + cells["quality_loss"])
+
+
+def quality_axis(**scale: int) -> alt.X:
+    """perplexity_ratio of `with_ratio`, of which a short stream can make a hundred; `scale`: more of the scale."""
+    return alt.X(
+        "perplexity_ratio:Q",
+        title="target's perplexity in SC / in floating point (log scale)",
+        scale=alt.Scale(type="log", nice=False, **scale),
+        axis=alt.Axis(format="~g", tickCount=8),
+    )

@@ -13,28 +13,25 @@ from scspec.charts.parts import (
     subject,
 )
 from scspec.charts.picks import draft_color, draft_pick, faded
-from scspec.charts.points import point_table
+from scspec.charts.points import point_table, quality_axis, with_ratio
 
 _QUALITY = ("perplexity", "float_perplexity", "target_tv", "target_kl")
 
 
 def quality_chart(cells: pd.DataFrame) -> alt.LayerChart:
-    """alpha against what SC costs the target, quality_loss, from summary rows of one pair whose targets' quality is
+    """alpha against what SC does to the target's perplexity, from summary rows of one pair whose targets' quality is
     known; over the points of a target stands its stoc_len. Raises ValueError as `alpha_chart` does."""
     one_kind(cells)
-    table, drafts = point_table(cells)
+    table, drafts = point_table(with_ratio(cells))
     tooltip = [*TOOLTIP, alt.Tooltip("quality_loss:Q", title="rise of the target's perplexity", format=".1%")]
     tooltip += [alt.Tooltip(f"{name}:Q", title=name.replace("_", " "), format=".3f") for name in _QUALITY]
-    title = "rise of the target's perplexity over its floating point"
-    x = alt.X(
-        "quality_loss:Q", title=title, scale=alt.Scale(padding=16, nice=False), axis=alt.Axis(format="%", tickCount=8)
-    )
     y = alt.Y("alpha:Q", title=alpha_title(cells), scale=alt.Scale(domain=[0, 1]))
     pick = draft_pick()
+    x = quality_axis(padding=16)
     points = alt.Chart().mark_circle(size=75).encode(x=x, y=y, color=draft_color(drafts), tooltip=tooltip)
     points = points.encode(opacity=faded(pick)).add_params(pick)
     labels = alt.Chart().mark_text(dy=-12, fontSize=10).encode(x=x, y="max(alpha):Q", text="target_stoc_len:N")
-    columns = sorted({*TOOLTIP_FIELDS, "draft", "quality_loss", *_QUALITY})
+    columns = sorted({*TOOLTIP_FIELDS, "draft", "quality_loss", "perplexity_ratio", *_QUALITY})
     chart = alt.layer(points, labels, data=alt.InlineData(values=records(table[columns])))
     chart = legend_above(chart.properties(width=520, height=260))
     return chart.properties(description=f"Acceptance alpha against the target's quality, {subject(cells)}")

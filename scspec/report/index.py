@@ -54,6 +54,7 @@ def _cards(run: Run, shortest: ShortestTexts) -> list[dict[str, Any]]:
     for (pair, do_sample), platform, cells in comparable(run.summary, "pair", "do_sample"):
         grid = cells[cells["arm"] == GRID_ARM]
         steps = best_speedups(grid) if len(grid) else []
+        at = at_loss(steps, ACCEPTED_LOSS)
         cards.append(
             {
                 "id": f"card-{len(cards)}",
@@ -62,8 +63,9 @@ def _cards(run: Run, shortest: ShortestTexts) -> list[dict[str, Any]]:
                 "platform": platform,
                 "cells": f"{len(cells)} cells, {len(grid)} of them of the grid",
                 "steps": [speedup_text(step) for step in steps],
-                "at": at_loss(steps, ACCEPTED_LOSS),
+                "at": max(at, 0),
                 "accepted": f"{ACCEPTED_LOSS:+.0%}",
+                "reached": at >= 0,
                 "nothing": _nothing(steps),
                 "alphas": _alpha_range(grid),
                 "shortest": shortest[pair, do_sample, platform],

@@ -24,7 +24,7 @@ from scspec.jobs import AUDIT_ARM, GRID_ARM
 from scspec.report.headline import ShortestTexts
 from scspec.report.render import Chart, chart_entry
 from scspec.report.run import Run, comparable
-from scspec.report.tables import cell_tables, quality_rows
+from scspec.report.tables import cell_tables, quality_rows, seed_rows
 from scspec.stats import KEPT_SHARE, MIN_PROMPTS, NO_INTERVAL, by_category, positions
 
 _READ_ALPHA = {
@@ -63,6 +63,7 @@ def _sections(run: Run, summary: pd.DataFrame, shortest: ShortestTexts) -> Itera
             "decoding": decoding(do_sample),
             "platform": platform,
             "shortest": shortest[pair, do_sample, platform],
+            "pooled": seed_rows(run, cells[cells["arm"] == GRID_ARM]),
             "charts": [
                 chart_entry(f"{name}-{index}", title, chart, f"{caption}.")
                 for name, title, chart, caption in _charts(run, cells[cells["arm"] != AUDIT_ARM], do_sample)
@@ -102,7 +103,8 @@ def _grid_charts(run: Run, grid: pd.DataFrame, do_sample: bool) -> Iterator[tupl
             hardware_chart(costed),
             "Speedup over plain SC decoding at the same target length, and energy of a token relative to it, with tau "
             "predicted from alpha at the gamma of the slider; hollow marks are cells measured at that gamma; P is how "
-            "many rows of a target pass the array holds at once, and at P = 1 speculation cannot gain",
+            "many rows of a target pass the array holds at once, and at P = 1 speculation cannot gain; a small draft's "
+            "LM head is large beside it, and may be counted",
         )
     if len(measured := grid[grid["quality_loss"].notna()]):
         yield (

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import AbstractContextManager
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import altair as alt
 import jinja2
 import vl_convert
+from altair.utils.schemapi import debug_mode
 from markupsafe import Markup
 
 from scspec.charts import THEMES
@@ -18,9 +20,15 @@ from scspec.results import atomic_file
 Chart = alt.TopLevelMixin  # what the functions of `scspec.charts` return
 
 
+def unvalidated_charts() -> AbstractContextManager[None]:
+    """Within it Altair does not validate charts as they are put together: with the rows of a large grid, most of the
+    time. The tests of charts do."""
+    return debug_mode(False)
+
+
 def chart_entry(chart_id: str, title: str, chart: Chart, caption: str) -> dict[str, Any]:
     """What a page needs of a chart; the page's theme has the frame, and the page says the mode itself."""
-    spec = chart.to_dict()
+    spec = chart.to_dict(validate=False)
     del spec["config"]["view"], spec["$schema"]
     return {"id": chart_id, "title": title, "spec": spec, "label": spec["description"], "caption": caption}
 

@@ -1,4 +1,4 @@
-"""The tables of the report, as text: cells with their estimates, and the quality of their targets."""
+"""The tables of the report, as text: cells with their estimates, alone and pooled, and the quality of targets."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,8 +7,8 @@ import pandas as pd
 
 from scspec.charts import ARM_LABELS, decoding, draft_labels, interval_text, number
 from scspec.jobs import AUDIT_ARM, GRID_ARM
-from scspec.report.run import comparable
-from scspec.stats import NO_INTERVAL
+from scspec.report.run import Run, comparable
+from scspec.stats import NO_INTERVAL, pool_seeds
 
 _TABLE_ORDER = ["rank", "sc_prec", "gamma", "stoc_len", "draft_stoc_len", "sc_seed", "sampling_seed"]
 
@@ -34,6 +34,27 @@ def cell_tables(summary: pd.DataFrame) -> list[dict[str, Any]]:
             title = f"{pair}, {decoding(do_sample)}: {arms}"
             tables.append({"title": title, "platform": platform, "rows": rows, "links": links})
     return tables
+
+
+def seed_rows(run: Run, grid: pd.DataFrame) -> list[dict[str, str]]:
+    """A row of text per setting that several SC seeds have, pooled; `grid`: comparable cells of the summary."""
+    if grid["sc_seed"].nunique() < 2:
+        return []
+    pooled = pool_seeds(run.blocks_of(grid), run.metadata)
+    pooled = pooled[pooled["seeds"] > 1]
+    return [
+        {
+            "draft's streams": draft,
+            **_setting(pool),
+            "seeds": str(pool.seeds),
+            "prompts": str(pool.prompts),
+            **_estimate(pool, "alpha", pool.interval),
+            "alpha, sd of seeds": number(pool.alpha_seed_sd),
+            **_estimate(pool, "tau", pool.tau_interval),
+            "tau, sd of seeds": number(pool.tau_seed_sd),
+        }
+        for draft, pool in zip(draft_labels(pooled), pooled.itertuples(), strict=True)
+    ]
 
 
 def quality_rows(quality: dict[str, pd.DataFrame], planned: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
@@ -64,23 +85,29 @@ def _rise_interval(source: Any) -> str:
     return f"{source.quality_loss_lo:+.2%} to {source.quality_loss_hi:+.2%}"
 
 
-def _row(cell: Any, drafts: dict[str, str] | None) -> dict[str, str]:
-    def interval(name: str, kind: str) -> str:
-        text = interval_text(*(getattr(cell, column) for column in (name, f"{name}_lo", f"{name}_hi")), kind)
-        return NO_INTERVAL if kind == NO_INTERVAL else text
-
-    seeds = (cell.sampling_seed, cell.target_sc_seed, cell.draft_sc_seed)
+def _setting(cell: Any) -> dict[str, str]:
     return {
-        **({"arm": ARM_LABELS[cell.arm]} if drafts is None else {"draft's streams": drafts[cell.cell_id]}),
         "stoc_len target / draft": f"{whole(cell.target_stoc_len, 'float')} / {whole(cell.draft_stoc_len, 'float')}",
         "sc_prec": whole(cell.sc_prec, "float"),
         "gamma": str(cell.gamma),
+    }
+
+
+def _estimate(cell: Any, name: str, kind: str) -> dict[str, str]:
+    value, low, high = (getattr(cell, column) for column in (name, f"{name}_lo", f"{name}_hi"))
+    interval = NO_INTERVAL if kind == NO_INTERVAL else interval_text(value, low, high, kind)
+    return {name: number(value), f"{name}, 95\u00a0%": interval}
+
+
+def _row(cell: Any, drafts: dict[str, str] | None) -> dict[str, str]:
+    seeds = (cell.sampling_seed, cell.target_sc_seed, cell.draft_sc_seed)
+    return {
+        **({"arm": ARM_LABELS[cell.arm]} if drafts is None else {"draft's streams": drafts[cell.cell_id]}),
+        **_setting(cell),
         "seeds": " / ".join(whole(seed, "-") for seed in seeds),
         "prompts": str(cell.prompts),
-        "alpha": number(cell.alpha),
-        "alpha, 95\u00a0%": interval("alpha", cell.interval),
-        "tau": number(cell.tau),
-        "tau, 95\u00a0%": interval("tau", cell.tau_interval),
+        **_estimate(cell, "alpha", cell.interval),
+        **_estimate(cell, "tau", cell.tau_interval),
         "tau predicted": number(cell.predicted_tau),
         "alpha evaluated": number(cell.alpha_evaluated),
         "acceptance rate": number(cell.acceptance_rate),
