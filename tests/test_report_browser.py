@@ -208,7 +208,7 @@ CARD = """
 def test_the_slider_of_a_card_moves_its_headline(tmp_path):
     cells = (fake_keys(stoc_len=64, draft_stoc_len=16), 1, 3), (fake_keys(draft_stoc_len=64), 1, 2.25)
     index = report_of(tmp_path, write_measured(tmp_path, *cells)).index
-    assert "keeps the rise of its perplexity within +5%. This is what the nearest allows: 1.667\xa0\xd7" in index.text
+    assert "keeps the rise of its perplexity within +5%. This is what the nearest allows: 1.667 \xd7" in index.text
     assert "Accepted rise of the target's perplexity: +12.5%" in index.text
     document, console, _ = visit(tmp_path, probed(index.source, CARD))
     assert console == []
@@ -227,5 +227,5 @@ def test_a_card_starts_at_the_loss_that_is_accepted(tmp_path):
     index = report_of(tmp_path, write_measured(tmp_path, *cells)).index
     assert "Accepted rise of the target's perplexity: +5%" in index.text
     assert "what the nearest allows" not in index.text
-    shown = "1.667\xa0\xd7 Over plain SC decoding at the shortest acceptable length, 128 cycles; 1.667"
+    shown = "1.667 \xd7 Over plain SC decoding at the shortest acceptable length, 128 cycles; 1.667"
     assert shown in index.text  # 5 / (4 / 2 + 1)

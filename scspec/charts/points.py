@@ -49,11 +49,11 @@ def with_ratio(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(perplexity_ratio=1 + cells["quality_loss"])
 
 
-def quality_axis(**scale: int) -> alt.X:
-    """perplexity_ratio of `with_ratio`, of which a short stream can make a hundred; `scale`: more of the scale."""
+def quality_axis() -> alt.X:
+    """perplexity_ratio of `with_ratio`, of which a short stream can make a hundred."""
     return alt.X(
         "perplexity_ratio:Q",
         title="target's perplexity in SC / in floating point (log scale)",
-        scale=alt.Scale(type="log", nice=False, **scale),
+        scale=alt.Scale(type="log", nice=False, padding=16),
         axis=alt.Axis(format="~g", tickCount=8),
     )

@@ -27,7 +27,7 @@ def quality_chart(cells: pd.DataFrame) -> alt.LayerChart:
     tooltip += [alt.Tooltip(f"{name}:Q", title=name.replace("_", " "), format=".3f") for name in _QUALITY]
     y = alt.Y("alpha:Q", title=alpha_title(cells), scale=alt.Scale(domain=[0, 1]))
     pick = draft_pick()
-    x = quality_axis(padding=16)
+    x = quality_axis()
     points = alt.Chart().mark_circle(size=75).encode(x=x, y=y, color=draft_color(drafts), tooltip=tooltip)
     points = points.encode(opacity=faded(pick)).add_params(pick)
     labels = alt.Chart().mark_text(dy=-12, fontSize=10).encode(x=x, y="max(alpha):Q", text="target_stoc_len:N")
