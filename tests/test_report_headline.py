@@ -104,7 +104,7 @@ def test_streams_that_keep_everything_and_streams_that_keep_nothing(tmp_path):
     without = run_of(tmp_path / "without", (fake_keys(arm="float_float"), 1), (fake_keys(), 0))
     (row,) = shortest_texts(without, without.summary)
     assert row["length"].startswith("not reached")
-    assert row["alpha"] == "95% of 1.000"
+    assert row["alpha"] == "below 95% of 1.000"
 
 
 def test_no_shortest_streams_without_floating_point(tmp_path):

@@ -99,5 +99,5 @@ def _length_text(found: dict[str, float | int]) -> str:
 
 
 def _alpha_text(found: dict[str, float | int]) -> str:
-    needed = f"{KEPT_SHARE:.0%} of {number(found['reference_alpha'])}"
-    return needed if np.isnan(found["alpha"]) else f"{number(found['alpha'])} of {number(found['reference_alpha'])}"
+    missed = f"below {KEPT_SHARE:.0%} of {number(found['reference_alpha'])}"
+    return missed if np.isnan(found["alpha"]) else f"{number(found['alpha'])} of {number(found['reference_alpha'])}"
