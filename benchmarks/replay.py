@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
 import torch
 
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    numba.set_num_threads(1)  # as in the jobs
     cells = planned(arguments)
     plain_s, forced_s = plain_and_teacher_forced_s(cells[0])
     with tempfile.TemporaryDirectory() as folder:

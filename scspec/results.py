@@ -232,7 +232,7 @@ def _read_table(path: Path | str, schema: pa.Schema, metadata_keys: Iterable[str
         raise ValueError(f"{path}: not a readable Parquet file ({reason})") from error
     metadata = _read_metadata(path, table.schema, metadata_keys)
     _check_columns(path, table.schema, schema)
-    return table.select(schema.names).replace_schema_metadata(), metadata
+    return table.select(schema.names).cast(schema), metadata  # Parquet has a name of its own for what lists hold
 
 
 def _blocks(table: pa.Table) -> pd.DataFrame:

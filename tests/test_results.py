@@ -61,8 +61,8 @@ def cell(tmp_path, keys, rows):
 
 
 def plain(value):
-    if isinstance(value, np.ndarray):
-        return value.tolist()
+    if isinstance(value, list | np.ndarray):
+        return list(value)
     return None if pd.isna(value) else value
 
 
