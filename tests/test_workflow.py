@@ -301,19 +301,19 @@ def test_a_mistyped_setting_stops_the_run_with_a_hint(built: Workflow) -> None:
     assert "config: unknown key 'gama' (did you mean 'gamma'?)" in output
 
 
-def test_the_default_experiment_plans_27_cells(built: Workflow) -> None:
+def test_the_default_experiment_plans_21_cells(built: Workflow) -> None:
     shutil.copy(REPOSITORY / "config.yaml", built.folder)
     shutil.copytree(REPOSITORY / "prompts", built.folder / "prompts")
     _, output = built.run("--dry-run", "--quiet", "rules")
-    assert ["cell", "27"] in [line.split() for line in output.splitlines()]
+    assert ["cell", "21"] in [line.split() for line in output.splitlines()]
 
 
 def test_the_command_line_lists_the_plan(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert main(["plan"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "smollm2-distilled/sc_sc/L128_d128_p8_g2_s0_n0"
-    assert lines[27:] == ["27 cells, 0 invalid combinations"]
+    assert lines[0] == "smollm2-distilled/sc_sc/L128_d128_p8_g4_s0_n0"
+    assert lines[21:] == ["21 cells, 0 invalid combinations"]
 
 
 def test_the_users_mistakes_are_one_line_and_our_own_a_traceback(
