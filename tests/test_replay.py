@@ -66,7 +66,7 @@ def assert_replays(loop: pd.DataFrame, replay: pd.DataFrame) -> None:
     check_identities(replay)
     assert compared(replay) == compared(loop)
     for known, proposed in zip(replay["proposed_ids"], loop["proposed_ids"], strict=True):
-        assert known.tolist() == proposed[: len(known)].tolist()
+        assert list(known) == list(proposed[: len(known)])
     assert (replay["method"] == "replay").all()
     assert replay[["draft_time_s", "verify_time_s"]].isna().all(axis=None)
 
