@@ -10,6 +10,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -249,7 +250,7 @@ def read_cells(paths: Iterable[Path | str]) -> tuple[pd.DataFrame, dict[str, dic
             raise ValueError(f"{path}: cell_id {cell_id!r} was already read from another file")
         tables.append(table)
         metadata[cell_id] = its_metadata
-    return _blocks(pa.concat_tables(tables)), metadata
+    return _blocks(pa.concat_tables(tables).combine_chunks()), metadata  # else every use of a column joins its chunks
 
 
 def _arrow(lists: pd.Series) -> pa.ListArray:
@@ -332,11 +333,11 @@ def _content_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
     }
 
 
-def _sequence_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
-    """What can be wrong between a block and the next one of the same prompt and turn; `blocks` in order."""
+def _sequence_faults(blocks: pd.DataFrame, texts: np.ndarray) -> dict[str, np.ndarray]:
+    """What can be wrong between a block and the next one of the same text; `blocks` in order, `texts` their numbers."""
     following = np.append(blocks["start"].to_numpy()[1:], 0)
     last = np.ones(len(blocks), dtype=bool)
-    last[:-1] = np.diff(_texts_of(blocks)) != 0
+    last[:-1] = np.diff(texts) != 0
     stopped = blocks["stop"].notna().to_numpy()
     end = blocks["start"].to_numpy() + list_lengths(blocks["emitted_ids"])
     counted = ~_expected(blocks)
@@ -344,32 +345,27 @@ def _sequence_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
         "the last block of a prompt has no stop": counted & last & ~stopped,
         "stop is set, but another block follows": counted & ~last & stopped,
         "the next block does not start where this one ends": (counted & ~last & (following != end)),
-        "its text is not expected to end once": _endings(blocks, stopped),
+        "its text is not expected to end once": _endings(blocks, texts, stopped),
     }
 
 
-def _endings(blocks: pd.DataFrame, stopped: np.ndarray) -> np.ndarray:
+def _endings(blocks: pd.DataFrame, texts: np.ndarray, stopped: np.ndarray) -> np.ndarray:
     """Whether a replayed sampled text's expected number of last blocks is not 1.
 
     1e-9: it is a sum of products of probabilities, in float64, over at most a few thousand blocks.
     """
-    texts = _texts_of(blocks)
     ended = np.bincount(texts, np.where(stopped, blocks["weight"], 0.0))[texts]
     return _expected(blocks) & (np.abs(ended - 1) > 1e-9)
 
 
-def _texts_of(blocks: pd.DataFrame) -> np.ndarray:
-    """The number of each block's text: 0, 1, ... in the order in which cell, prompt and turn first appear together."""
-    return blocks.groupby(["cell_id", "prompt_id", "turn"], sort=False).ngroup().to_numpy()
-
-
 def check_identities(blocks: pd.DataFrame) -> None:
     """Returns nothing; raises ValueError with the first block that violates a counter identity of Seam 2."""
-    order = np.lexsort((blocks["block"], _texts_of(blocks)))
+    texts = blocks.groupby(["cell_id", "prompt_id", "turn"], sort=False).ngroup().to_numpy()
+    order = np.lexsort((blocks["block"], texts))
     if (order != np.arange(len(blocks))).any():  # a file has its blocks in order
-        blocks = blocks.take(order)
+        blocks, texts = blocks.take(order), texts[order]
     blocks = blocks.reset_index(drop=True)
-    for faults_of in (_block_faults, _content_faults, _sequence_faults):
+    for faults_of in (_block_faults, _content_faults, partial(_sequence_faults, texts=texts)):
         for fault, wrong in faults_of(blocks).items() if len(blocks) else ():
             if wrong.any():
                 row = blocks.loc[int(wrong.argmax()), SCHEMA.names[len(KEY_COLUMNS) :]].to_dict()
