@@ -52,8 +52,10 @@ def tokenizer_here(model: str) -> Tokenizer | None:
     model: alias, folder or Hugging Face id.
     """
     folder = folder_here(model)
+    if folder is None:
+        return None
     try:
-        return None if folder is None else Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception:  # the library has no class of its own for a file that is missing or that it cannot read
         return None
 
