@@ -8,7 +8,6 @@ from fake_cells import as_blocks, fake_keys, fake_metadata, fake_rows
 from report_pages import Page
 
 from scspec import aliases
-from scspec.aliases import alias_folder
 from scspec.prompts import load_prompts
 from scspec.provenance import sha256_of
 from scspec.report import cell as cell_module
@@ -293,7 +292,7 @@ def test_without_the_tokenizer_ids_are_shown_and_the_page_says_so(tmp_path, back
 
 def test_no_model_is_fetched_for_a_page(tmp_path, backend, monkeypatch):
     """A model's folder is looked up: in the cache of aliases, or by the hub's library told to stay offline."""
-    folder = alias_folder(MODEL)
+    folder = aliases.alias_folder(MODEL)
     monkeypatch.setenv("SCSPEC_CACHE", str(tmp_path))
     hub = {"here/model": folder}
 
