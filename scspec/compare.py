@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from scspec.results import read_cells
-from scspec.stats import BOOTSTRAP, NO_INTERVAL, paired_differences, with_platforms
+from scspec.stats import BOOTSTRAP, NO_INTERVAL, Tally, paired_differences, with_platforms
 
 # What says that a cell of one grid and a cell of another are one point. `method` is not in it: a replayed cell and a
 # loop of the same settings must give the same. Cells of another platform have no partner, since no table mixes them.
@@ -75,11 +75,11 @@ def compare(a: Cells, b: Cells, *, resamples: int = 2000, seed: int = 0) -> Comp
     partner, or what `paired_differences` raises: then it calls the cells `a: ID` and `b: ID`.
     """
     sides = {name: _named(name, *side) for name, side in (("a", a), ("b", b))}
-    keys = {name: _with_modules(with_platforms(*side)) for name, side in sides.items()}
-    pairs = _pairs(keys)
     blocks = pd.concat([side for side, _ in sides.values()], ignore_index=True)
-    metadata = {**sides["a"][1], **sides["b"][1]}
-    differences = paired_differences(blocks, metadata, pairs, resamples=resamples, seed=seed)
+    tally, metadata = Tally.of(blocks), {**sides["a"][1], **sides["b"][1]}
+    keys = {name: _with_modules(with_platforms(tally.only(its), metadata)) for name, (_, its) in sides.items()}
+    pairs = _pairs(keys)
+    differences = paired_differences(tally, metadata, pairs, resamples=resamples, seed=seed)
     texts = _texts(blocks, pairs)
     found = texts.groupby(["cell_id_a", "cell_id_b"])["equal"].agg(["size", "sum"]).reindex(pairs, fill_value=0)
     differences["texts"], differences["equal_texts"] = found["size"].to_numpy(), found["sum"].to_numpy(dtype=np.int64)

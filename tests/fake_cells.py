@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from scspec.results import KEY_COLUMNS, NULLABLE_INTEGERS, SCHEMA, SCHEMA_VERSION, write_cell
-from scspec.stats import summarise
+from scspec.stats import Tally, summarise
 
 EOS_ID = 2
 CATEGORIES = ("short QA", "maths", "code", "summarising", "writing", "extraction", "translation", "reasoning")
@@ -217,7 +217,7 @@ def fake_summary(rows, **options):
     """Summary of the rows of some cells."""
     blocks = pd.DataFrame(rows)
     cells = blocks[list(KEY_COLUMNS)].drop_duplicates("cell_id").to_dict("records")
-    return summarise(blocks, {keys["cell_id"]: fake_metadata(keys) for keys in cells}, **options)
+    return summarise(Tally.of(blocks), {keys["cell_id"]: fake_metadata(keys) for keys in cells}, **options)
 
 
 CONTROL_ALPHAS = {"identity": 1, "reseed": 0.74, "float_float": 0.93, "sc_float": 0.66, "float_sc": 0.61}

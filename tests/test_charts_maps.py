@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import vl_convert
 from fake_cells import SKIPPED, fake_keys
+from scenes import items
 from test_charts import luminance, summary_of, values
 
 from scspec.charts import length_map, precision_map
@@ -82,15 +83,6 @@ def test_seeds_are_averaged_and_counted(chart):
     titles = [its["title"] for its in map_layers(chart(summary[:1]).to_dict())[0]["tooltip"]]
     assert "alpha" in titles
     assert "cells" not in titles
-
-
-def items(mark, kind):
-    """The items of all marks of a kind below one."""
-    for item in mark.get("items", []):
-        if mark.get("role") == "mark" and mark["marktype"] == kind:
-            yield item
-        for below in item.get("items", []):
-            yield from items(below, kind)
 
 
 def test_figures_stand_out_from_their_cells():

@@ -6,12 +6,13 @@ import pandas as pd
 import pytest
 import vl_convert
 from fake_cells import as_blocks, fake_keys, fake_rows
+from scenes import items
 from test_charts import layers, luminance, summary_of, titles, values
-from test_charts_maps import colour, items
+from test_charts_maps import colour
 from test_charts_picks import parameters
 
 from scspec.charts import THEMES, categories_chart, positions_chart
-from scspec.stats import by_category, positions
+from scspec.stats import Tally, by_category, positions
 
 KEYS = [
     fake_keys(stoc_len=length, draft_stoc_len=draft, gamma=gamma)
@@ -32,7 +33,7 @@ def blocks():
 
 
 def test_a_line_a_length_over_positions(cells, blocks):
-    table = positions(blocks, resamples=50)
+    table = positions(Tally.of(blocks), resamples=50)
     spec = positions_chart(table, cells).to_dict()
     found = layers(spec)
     assert list(found) == ["line", "rule", "circle"]
@@ -50,28 +51,28 @@ def test_a_line_a_length_over_positions(cells, blocks):
 
 def test_rows_of_other_cells_are_left_out(cells, blocks):
     few = cells[(cells["target_stoc_len"] == 64) & (cells["gamma"] == 4)]
-    spec = positions_chart(positions(blocks, resamples=50), few).to_dict()
+    spec = positions_chart(positions(Tally.of(blocks), resamples=50), few).to_dict()
     assert (len(values(spec)), {row["gamma"] for row in values(spec)}) == (2 * 4, {4})
-    spec = categories_chart(by_category(blocks, resamples=50), few).to_dict()
+    spec = categories_chart(by_category(Tally.of(blocks), resamples=50), few).to_dict()
     assert (len(values(spec)), {row["gamma"] for row in values(spec)}) == (2 * 2, {4})
     assert list(parameters(spec)) == ["draft_choice"]
 
 
 def test_no_point_where_no_block_was_at_risk(cells, blocks):
-    table = positions(blocks, resamples=50)
+    table = positions(Tally.of(blocks), resamples=50)
     table.loc[table["i"] == 4, "alpha_i"] = float("nan")
     assert {row["i"] for row in values(positions_chart(table, cells).to_dict())} == {1, 2, 3}
 
 
 def test_no_bars_where_there_are_no_intervals(cells, blocks):
-    table = positions(blocks, resamples=50).assign(alpha_i_interval="none")
+    table = positions(Tally.of(blocks), resamples=50).assign(alpha_i_interval="none")
     assert list(layers(positions_chart(table, cells).to_dict())) == ["line", "circle"]
-    table = by_category(blocks, resamples=50).assign(interval="none")
+    table = by_category(Tally.of(blocks), resamples=50).assign(interval="none")
     assert list(layers(categories_chart(table, cells).to_dict())) == ["circle"]
 
 
 def test_categories_in_rows_with_a_place_for_each_length(cells, blocks):
-    table = by_category(blocks, resamples=50)
+    table = by_category(Tally.of(blocks), resamples=50)
     spec = categories_chart(table, cells).to_dict()
     found = layers(spec)
     rule, circle = found["rule"]["encoding"], found["circle"]["encoding"]
@@ -86,7 +87,9 @@ def test_categories_in_rows_with_a_place_for_each_length(cells, blocks):
 
 
 def test_points_of_lengths_do_not_overlap(cells, blocks):
-    scene = vl_convert.vegalite_to_scenegraph(categories_chart(by_category(blocks, resamples=50), cells).to_dict())
+    scene = vl_convert.vegalite_to_scenegraph(
+        categories_chart(by_category(Tally.of(blocks), resamples=50), cells).to_dict()
+    )
     ys = sorted(item["y"] for item in items(scene["scenegraph"], "symbol"))
     assert len(ys) == 4  # 2 categories, 2 lengths
     assert min(b - a for a, b in pairwise(ys)) >= 9  # the diameter of a point
@@ -98,7 +101,9 @@ def test_shades_of_lengths_have_contrast_three(theme, page, cells, blocks):
     lengths = [8, 16, 32, 64, 128, 256]
     some = cells.iloc[[0] * len(lengths)].assign(target_stoc_len=lengths, stoc_len=lengths, draft_stoc_len=lengths)
     some["cell_id"] = [str(length) for length in lengths]
-    table = by_category(blocks, resamples=50).iloc[[0] * len(lengths)].assign(cell_id=some["cell_id"].tolist())
+    table = (
+        by_category(Tally.of(blocks), resamples=50).iloc[[0] * len(lengths)].assign(cell_id=some["cell_id"].tolist())
+    )
     scene = vl_convert.vegalite_to_scenegraph(categories_chart(table, some).to_dict(), config=THEMES[theme])
     fills = {item["fill"] for item in items(scene["scenegraph"], "symbol")}
     assert len(fills) == len(lengths)

@@ -22,7 +22,7 @@ from scspec.charts import (
     tau_chart,
 )
 from scspec.hardware import modelled
-from scspec.stats import by_category, positions
+from scspec.stats import Tally, by_category, positions
 
 QUALITY = {"perplexity": 5.0, "float_perplexity": 4.0, "target_tv": 0.1, "target_kl": 0.2}
 
@@ -47,8 +47,8 @@ def charts_of(cells, **rows):
         "controls": controls_chart(summary),
         "precision": precision_map(grid),
         "length": length_map(grid),
-        "positions": positions_chart(positions(blocks, resamples=50), grid),
-        "categories": categories_chart(by_category(blocks, resamples=50), grid),
+        "positions": positions_chart(positions(Tally.of(blocks), resamples=50), grid),
+        "categories": categories_chart(by_category(Tally.of(blocks), resamples=50), grid),
         "prediction": prediction_chart(grid),
         "hardware": hardware_chart(grid),
         "quality": quality_chart(grid),
@@ -74,6 +74,8 @@ def one_cell():
 BY_DRAFT = ("alpha", "tau", "prediction", "hardware", "quality", "frontier")
 PANELS = ("alpha", "tau", "prediction", "precision", "length", "positions")
 DROPDOWNS = {
+    "alpha": {"sc_prec_choice": [8, 7]},
+    "tau": {"sc_prec_choice": [8, 7]},
     "precision": {"draft_choice": ["7/8 as long", "3/4 as long", "1/2 as long"]},
     "length": {"sc_prec_choice": [8, 7]},
     "positions": {"draft_choice": ["7/8 as long", "3/4 as long", "1/2 as long"], "sc_prec_choice": [8, 7]},
@@ -120,7 +122,7 @@ def test_what_is_not_picked_fades(grid, name):
         assert opacity["value"] == pytest.approx(0.12 * opacity["condition"]["value"])
 
 
-@pytest.mark.parametrize("name", [name for name in DROPDOWNS if name != "hardware"])
+@pytest.mark.parametrize("name", [name for name in DROPDOWNS if name not in BY_DRAFT])
 def test_charts_without_drafts_in_the_legend_hold_no_pick(grid, name):
     assert "draft_pick" not in json.dumps(grid[name])
 

@@ -10,7 +10,7 @@ from fake_cells import as_blocks, blocks_of_text, fake_keys, fake_metadata, fake
 from scspec import cli
 from scspec.compare import MATCH_COLUMNS, TEXT_COLUMNS, UNMATCHED_COLUMNS, compare, plain_tables, read_side
 from scspec.results import KEY_COLUMNS, read_cell, write_cell
-from scspec.stats import DIFFERENCE_COLUMNS, paired_differences
+from scspec.stats import DIFFERENCE_COLUMNS, Tally, paired_differences
 
 TOKENS = (5, 6, 7, 8, 9, 10, 11, 12)
 
@@ -102,7 +102,7 @@ def test_two_cells_are_a_pair_whatever_their_settings():
     rows = [fake_rows(fake_keys(stoc_len=length, gamma=gamma), seed=length) for length, gamma in ((64, 2), (128, 4))]
     found = compare(side_of(rows[0]), side_of(rows[1]), resamples=500, seed=3)
     blocks, metadata = side_of(*rows)
-    expected = paired_differences(blocks, metadata, [tuple(metadata)], resamples=500, seed=3)
+    expected = paired_differences(Tally.of(blocks), metadata, [tuple(metadata)], resamples=500, seed=3)
     pd.testing.assert_frame_equal(found.differences[list(DIFFERENCE_COLUMNS)], expected)
     assert found.differences["texts"].tolist() == [16]
     assert found.unmatched.empty

@@ -17,7 +17,7 @@ from scspec.jobs import Cell, Predictions, Trajectory
 from scspec.replay import Text, blocks_of, replay_cell, run_predictions, run_trajectory
 from scspec.results import check_identities, read_cell
 from scspec.run import run_cell
-from scspec.stats import summarise
+from scspec.stats import Tally, summarise
 
 PROMPTS = [
     {"question_id": "one", "category": "letters", "turns": ["Hello there"]},
@@ -156,7 +156,9 @@ def test_sampled_replay_expects_the_loops_tau_and_alpha(cells, tmp_path):
         for method, cell, run in (("loop", base, run_loop), ("replay", as_replay(base), run_replay)):
             blocks, metadata = run(cell, tmp_path)
             check_identities(blocks)
-            found[method].append(summarise(blocks, {cell.id: metadata})[["tau", "alpha"]].iloc[0].to_numpy(float))
+            found[method].append(
+                summarise(Tally.of(blocks), {cell.id: metadata})[["tau", "alpha"]].iloc[0].to_numpy(float)
+            )
     loop, replay = (np.array(found[method]) for method in ("loop", "replay"))
     error = np.sqrt(loop.var(axis=0, ddof=1) / len(loop) + replay.var(axis=0, ddof=1) / len(replay))
     assert (np.abs(loop.mean(axis=0) - replay.mean(axis=0)) < 4.5 * error).all()

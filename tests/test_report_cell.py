@@ -11,11 +11,11 @@ from scspec import aliases
 from scspec.prompts import load_prompts
 from scspec.provenance import sha256_of
 from scspec.report import cell as cell_module
-from scspec.report.cell import _by_prompt, cell_page
+from scspec.report.cell import cell_page, prompt_totals
 from scspec.report.render import write_page
 from scspec.report.transcript import ACCEPTED, BONUS, CORRECTION, REJECTED, tokenizer_here, transcript, visible
-from scspec.stats import summarise
-from scspec.stats.sums import alpha, prompt_sums
+from scspec.stats import Tally, summarise
+from scspec.stats.sums import alpha
 
 MODEL, EOS = "smollm2-135m", 2
 
@@ -164,9 +164,13 @@ def page_of(folder, rows, **metadata):
     """The page of the only cell of some rows."""
     blocks, keys = as_blocks(rows), rows[0]
     its = fake_metadata(keys, **metadata)
-    (cell,) = (row for _, row in summarise(blocks, {keys["cell_id"]: its}).iterrows())
+    (cell,) = (row for _, row in summarise(Tally.of(blocks), {keys["cell_id"]: its}).iterrows())
     path = folder / "cell.html"
-    write_page(path, "cell.html.j2", cell_page(cell, blocks, prompt_sums(blocks), its, "../../../"))
+    write_page(
+        path,
+        "cell.html.j2",
+        cell_page(cell, blocks, prompt_totals(Tally.of(blocks))[keys["cell_id"]], its, "../../../"),
+    )
     return Page(path)
 
 
@@ -242,8 +246,9 @@ def test_the_numbers_of_prompts_are_those_of_stats(tmp_path):
     blocks = as_blocks(fake_rows(fake_keys(do_sample=True), prompts=9, turns=2, spread=0.3, eos_rate=0.05))
     blocks["weight"] = np.random.default_rng(0).random(len(blocks))
     blocks = blocks.sample(frac=1, random_state=0)
-    sums = prompt_sums(blocks).reset_index().sort_values("prompt_id")
-    found = pd.DataFrame(_by_prompt(prompt_sums(blocks)))
+    sums = Tally.of(blocks).sums.reset_index().sort_values("prompt_id")
+    (prompts,) = prompt_totals(Tally.of(blocks)).values()
+    found = pd.DataFrame(prompts)
     assert found[["prompt_id", "category"]].to_numpy().tolist() == sums[["prompt_id", "category"]].to_numpy().tolist()
     np.testing.assert_allclose(found["alpha"], alpha(sums), rtol=1e-12)
     np.testing.assert_allclose(found["tokens"], sums["tokens"], rtol=1e-12)

@@ -11,7 +11,7 @@ from scspec.hardware import modelled
 from scspec.report.headline import at_loss, best_speedups, shortest_texts, speedup_text
 from scspec.report.run import read_run
 from scspec.report.state import absent_cells
-from scspec.stats import summarise
+from scspec.stats import Tally, summarise
 
 
 def summary_of(losses, alpha=0.9, **rows):
@@ -19,7 +19,7 @@ def summary_of(losses, alpha=0.9, **rows):
     keys = [fake_keys(stoc_len=target, draft_stoc_len=draft, gamma=gamma) for target, draft, gamma in losses]
     cells = [fake_rows(its, alpha=alpha, prompts=8, **rows) for its in keys]
     blocks, metadata = table_of(cells)
-    summary = modelled(summarise(blocks, metadata, resamples=10), metadata)
+    summary = modelled(summarise(Tally.of(blocks), metadata, resamples=10), metadata)
     loss = list(losses.values())
     return summary.assign(quality_loss=loss, float_perplexity=2.0, perplexity=[2 * (1 + its) for its in loss])
 

@@ -24,11 +24,11 @@ from scspec.results import KEY_COLUMNS, read_cells, write_cell
 from scspec.stats import (
     PLATFORM_COLUMNS,
     SUMMARY_COLUMNS,
+    Tally,
     bootstrap,
     one_sided_share,
     positions,
     predicted_tau,
-    prompt_sums,
     summarise,
 )
 from scspec.stats.cells import _estimates
@@ -96,7 +96,7 @@ def test_blocks_count_by_their_weight():
     # at risk at 1: 5 less 1.25, of which 4 less 0.5 accepted; at 2: 3 less 0.5, of which 2 less 0.5
     assert found["tau"] == pytest.approx(1 + 3.5 / 3.75 * (1 + 1.5 / 2.5))
     assert (found["blocks"], found["tokens"]) == (4, 7)  # 3.75 and 6.75, rounded
-    at_risk = positions(as_blocks(rows))["at_risk"]
+    at_risk = positions(Tally.of(as_blocks(rows)))["at_risk"]
     assert at_risk.tolist() == [3.75, 2.5]
 
 
@@ -116,13 +116,15 @@ def test_a_cell_says_what_it_was_computed_on(tmp_path):
         metadata = fake_metadata(keys)
         metadata["cell"]["dtype"] = dtype
         write_cell(tmp_path / f"{gamma}.parquet", fake_rows(keys, prompts=1), metadata)
-    summary = summarise(*read_cells([tmp_path / "4.parquet", tmp_path / "2.parquet"]))
+    blocks, metadata = read_cells([tmp_path / "4.parquet", tmp_path / "2.parquet"])
+    summary = summarise(Tally.of(blocks), metadata)
     platforms = summary[list(PLATFORM_COLUMNS)].to_numpy().tolist()
     assert platforms == [["cuda: an accelerator", "float16", "cuda"], ["cpu: a processor", "float32", "cpu"]]
 
 
 def test_no_cells():
-    summary = summarise(*read_cells([]))
+    blocks, metadata = read_cells([])
+    summary = summarise(Tally.of(blocks), metadata)
     assert summary.empty
     assert list(summary.columns) == [*KEY_COLUMNS, *SUMMARY_COLUMNS]
 
@@ -197,7 +199,8 @@ def test_intervals_of_single_cells_cover_the_truth_to_the_percent():
     of fewer than 92 % are 1.7 % and 0.2 %, those of more than 98 % below 1 in 100 million."""
     generator = np.random.default_rng(3)
     kinds = generator.choice(EASY_AND_HARD, (1000, 48))
-    found = summarise(*independent_cells(kinds, generator), resamples=1000)
+    blocks, metadata = independent_cells(kinds, generator)
+    found = summarise(Tally.of(blocks), metadata, resamples=1000)
     covered = coverage(found, true_alpha_and_tau(EASY_AND_HARD), ("lo", "hi"))
     assert (covered >= 920).all()
     assert (covered <= 980).all()
@@ -342,10 +345,9 @@ def test_cells_are_taken_in_chunks_that_bound_memory(monkeypatch):
     cells = [fake_rows(fake_keys(sc_seed=seed), alpha=0.6, seed=seed) for seed in range(40)]
     at_once = fake_summary(cells_of(cells), resamples=10_000)
     monkeypatch.setattr(bootstrap, "_CHUNK_VALUES", 2**17)
-    per_prompt = prompt_sums(as_blocks(cells_of(cells)))
-    gammas = dict.fromkeys(at_once["cell_id"], 4)
+    tally = Tally.of(as_blocks(cells_of(cells)))
     tracemalloc.start()
-    tables = [_estimates(chunk) for chunk in bootstrap.resampled_chunks(per_prompt, gammas, 10_000, 0)]
+    tables = [_estimates(chunk) for chunk in bootstrap.resampled_chunks(tally, 10_000, 0)]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(tables) == 40

@@ -9,13 +9,13 @@ import pytest
 from fake_cells import fake_keys, fake_metadata, fake_rows
 from stats_cases import EASY_AND_HARD, coverage, independent_cells, table_of, true_alpha_and_tau, unanimous_rows
 
-from scspec.stats import DIFFERENCE_COLUMNS, paired_differences
+from scspec.stats import DIFFERENCE_COLUMNS, Tally, paired_differences
 
 
 def difference_of(cells, **options):
     blocks, metadata = table_of(cells)
     ids = [rows[0]["cell_id"] for rows in cells]
-    (found,) = paired_differences(blocks, metadata, [tuple(ids)], **options).to_dict("records")
+    (found,) = paired_differences(Tally.of(blocks), metadata, [tuple(ids)], **options).to_dict("records")
     return found
 
 
@@ -67,7 +67,7 @@ def test_no_interval_of_a_difference_below_eight_prompts():
 
 def test_no_pairs():
     blocks, metadata = table_of([fake_rows(fake_keys(), prompts=1)])
-    assert list(paired_differences(blocks, metadata, []).columns) == list(DIFFERENCE_COLUMNS)
+    assert list(paired_differences(Tally.of(blocks), metadata, []).columns) == list(DIFFERENCE_COLUMNS)
 
 
 CELL = fake_metadata(fake_keys())["cell"]
@@ -93,14 +93,14 @@ def test_cells_that_cannot_be_paired(keys, prompts, metadata, named):
     with pytest.raises(
         ValueError, match=f"cells '{a['cell_id']}' and '{b['cell_id']}' must have the same {named}"
     ) as e:
-        paired_differences(blocks, its_metadata, [(a["cell_id"], b["cell_id"])])
+        paired_differences(Tally.of(blocks), its_metadata, [(a["cell_id"], b["cell_id"])])
     assert "\n" not in str(e.value)
 
 
 def test_a_pair_of_unknown_cells():
     blocks, metadata = table_of([fake_rows(fake_keys(), prompts=1)])
     with pytest.raises(ValueError, match="no blocks of cell 'nothing'"):
-        paired_differences(blocks, metadata, [(fake_keys()["cell_id"], "nothing")])
+        paired_differences(Tally.of(blocks), metadata, [(fake_keys()["cell_id"], "nothing")])
 
 
 def simulated_pairs(count, seed):
@@ -109,7 +109,7 @@ def simulated_pairs(count, seed):
     kinds[1::2] -= 0.1  # the second of each pair agrees less in prompts of either kind
     blocks, metadata = independent_cells(kinds, generator)
     ids = list(metadata)
-    found = paired_differences(blocks, metadata, zip(ids[::2], ids[1::2], strict=True), resamples=1000)
+    found = paired_differences(Tally.of(blocks), metadata, zip(ids[::2], ids[1::2], strict=True), resamples=1000)
     truths = np.subtract(true_alpha_and_tau(EASY_AND_HARD - 0.1), true_alpha_and_tau(EASY_AND_HARD))
     return coverage(found, truths, ("diff_lo", "diff_hi"))
 

@@ -19,13 +19,19 @@ from stats_cases import (
     unanimous_rows,
 )
 
-from scspec.stats import POOLED_COLUMNS, pool_seeds
+from scspec.stats import POOLED_COLUMNS, Tally, pool_seeds
 from scspec.stats.seeds import _seed_draws
+
+
+def pooled(cells):
+    """Some cells, pooled."""
+    blocks, metadata = table_of(cells)
+    return pool_seeds(Tally.of(blocks), metadata)
 
 
 def test_one_seed_is_pooled_as_it_is():
     rows = fake_rows(fake_keys(), alpha=0.6, spread=0.2)
-    (found,) = pool_seeds(*table_of([rows])).to_dict("records")
+    (found,) = pooled([rows]).to_dict("records")
     assert list(found) == list(POOLED_COLUMNS)
     summary = summary_of(rows)
     for name in ("alpha", "tau", "alpha_lo", "alpha_hi", "tau_lo", "tau_hi", "interval", "tau_interval"):
@@ -41,7 +47,7 @@ def test_seeds_alone_worked_by_hand():
     for seed, beta in enumerate(([0.0] * 3, [1.0, 0.0, 0.0], [1.0] * 3)):
         rows = unanimous_rows(fake_keys(gamma=2, sc_seed=seed), [0] * 20)
         cells.append([{**row, "beta": beta, "accepted": int(sum(beta[:2]))} for row in rows])
-    (found,) = pool_seeds(*table_of(cells)).to_dict("records")
+    (found,) = pooled(cells).to_dict("records")
     assert found["alpha"] == pytest.approx(4 / 9)
     assert [found["alpha_lo"], found["alpha_hi"]] == pytest.approx([0, 1])
     assert found["alpha_seed_sd"] == pytest.approx(np.std([0, 1 / 3, 1], ddof=1))
@@ -65,7 +71,7 @@ def test_prompts_are_drawn_alike_for_all_seeds():
     """Three seeds of one text: the seeds add nothing, so the interval is that of one."""
     rows = fake_rows(fake_keys(), alpha=0.6, spread=0.2)
     cells = [[{**row, **fake_keys(sc_seed=seed)} for row in rows] for seed in range(3)]
-    (found,) = pool_seeds(*table_of(cells)).to_dict("records")
+    (found,) = pooled(cells).to_dict("records")
     summary = summary_of(rows)
     for name in ("alpha", "tau", "alpha_lo", "alpha_hi", "tau_lo", "tau_hi"):
         assert found[name] == pytest.approx(summary[name], rel=1e-12)
@@ -84,7 +90,7 @@ def test_only_seeds_are_pooled():
         if arm != "float_float" or seed == 0
     ]
     blocks, metadata = table_of([fake_rows(keys, prompts=2, seed=n) for n, keys in enumerate(grid)])
-    found = pool_seeds(blocks, metadata)
+    found = pool_seeds(Tally.of(blocks), metadata)
     arms = [arm for arm in ("sc_sc", "reseed", "sc_float", "float_float") for _ in (2, 4)]
     assert found["arm"].tolist() == arms
     assert found["seeds"].tolist() == [3] * 6 + [1] * 2
@@ -96,17 +102,17 @@ def test_only_seeds_are_pooled():
         fake_rows({**fake_keys("x", sc_seed=1), **shared, "pair": "x"}, prompts=2),
     ]
     apart[1] = [{**row, "pair": apart[0][0]["pair"]} for row in apart[1]]
-    assert pool_seeds(*table_of(apart))["seeds"].tolist() == [1, 1]
-    assert list(pool_seeds(as_blocks([]), {}).columns) == list(POOLED_COLUMNS)
+    assert pooled(apart)["seeds"].tolist() == [1, 1]
+    assert list(pool_seeds(Tally.of(as_blocks([])), {}).columns) == list(POOLED_COLUMNS)
 
 
 def test_seeds_that_cannot_be_pooled():
     a, b = fake_keys(sc_seed=0), fake_keys(sc_seed=1)
     with pytest.raises(ValueError, match=f"'{a['cell_id']}' and '{b['cell_id']}' must have the same prompts"):
-        pool_seeds(*table_of([fake_rows(a, prompts=2), fake_rows(b, prompts=3)]))
+        pooled([fake_rows(a, prompts=2), fake_rows(b, prompts=3)])
     again = [{**row, "cell_id": "again"} for row in fake_rows(a, prompts=2)]
     with pytest.raises(ValueError, match="cell 'again' has the setting and the seeds of another"):
-        pool_seeds(*table_of([fake_rows(a, prompts=2), again]))
+        pooled([fake_rows(a, prompts=2), again])
 
 
 def simulated_pools(count, seed, effect=0.04, seeds=3):
@@ -115,7 +121,8 @@ def simulated_pools(count, seed, effect=0.04, seeds=3):
     kinds = np.repeat(generator.choice(EASY_AND_HARD, (count, 48)), seeds, axis=0)
     blocks, metadata = independent_cells(kinds + generator.choice([-effect, effect], (len(kinds), 1)), generator)
     pool = {cell_id: f"pool {number // seeds}" for number, cell_id in enumerate(metadata)}
-    found = pool_seeds(blocks.assign(pair=blocks["cell_id"].map(pool)), metadata, resamples=1000)
+    blocks = blocks.assign(pair=blocks["cell_id"].map(pool))
+    found = pool_seeds(Tally.of(blocks), metadata, resamples=1000)
     assert (found["seeds"] == seeds).all()
     truths = np.mean([true_alpha_and_tau(EASY_AND_HARD + sign * effect) for sign in (-1, 1)], axis=0)
     return coverage(found, truths, ("lo", "hi"))

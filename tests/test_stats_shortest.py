@@ -7,7 +7,7 @@ import pytest
 from fake_cells import fake_keys, fake_rows
 from stats_cases import table_of, unanimous_rows
 
-from scspec.stats import shortest_streams
+from scspec.stats import Tally, shortest_streams
 from scspec.stats.joint import resampled_cells
 
 FLOAT = fake_keys(arm="float_float")
@@ -23,7 +23,7 @@ def grid(alphas, *, prompts=16, **rows):
 
 
 def of(blocks, metadata, lengths, **options):
-    return shortest_streams(blocks, metadata, lengths, [FLOAT["cell_id"]], **options)
+    return shortest_streams(Tally.of(blocks), metadata, lengths, [FLOAT["cell_id"]], **options)
 
 
 def agreeing(keys, share, prompts=20):
@@ -70,7 +70,7 @@ def test_what_agrees_as_the_reference_in_every_prompt_has_no_other_length_in_any
 def test_bounds_are_those_of_the_same_choice_in_each_resample():
     blocks, metadata, lengths = grid((0.7, 0.83, 0.87), spread=0.1)
     found = of(blocks, metadata, lengths, resamples=400, seed=3)
-    cells = resampled_cells(blocks, 400, 3)
+    cells = resampled_cells(Tally.of(blocks), 400, 3)
     chosen = []
     for draw in range(400):
         enough = 0.95 * cells[FLOAT["cell_id"]].alphas[draw]
@@ -87,7 +87,7 @@ def test_seeds_and_gammas_of_one_length_count_with_their_mean():
     both = {low["cell_id"]: 64, high["cell_id"]: 64}
     assert of(blocks, metadata, both)["length"] == math.inf  # their mean is 0.75
     assert of(blocks, metadata, {high["cell_id"]: 64})["length"] == 64
-    assert shortest_streams(blocks, metadata, both, [low["cell_id"], FLOAT["cell_id"]])["length"] == 64
+    assert shortest_streams(Tally.of(blocks), metadata, both, [low["cell_id"], FLOAT["cell_id"]])["length"] == 64
 
 
 def test_few_prompts_have_no_bounds():

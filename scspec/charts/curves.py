@@ -11,10 +11,10 @@ from scspec.charts.parts import (
     description,
     legend_above,
     one_kind,
-    panel_columns,
+    panels,
     records,
 )
-from scspec.charts.picks import draft_color, draft_pick, faded
+from scspec.charts.picks import draft_color, draft_pick, dropdowns, faded, picked
 from scspec.charts.points import SCRAMBLED, UNSCRAMBLED, length_axis, lengths_of, point_table
 from scspec.stats import NO_INTERVAL
 
@@ -44,20 +44,16 @@ def _curve_layers(table: pd.DataFrame, drafts: list[str], quantity: str, interva
 
 
 def _curves(cells: pd.DataFrame, quantity: str, interval: str, y: dict, *references: alt.Chart) -> alt.FacetChart:
-    """`quantity` per length with its bounds, a colour per draft, a panel per gamma; `references` behind."""
+    """`quantity` per length with its bounds, a colour per draft, a panel per gamma, a dropdown that picks sc_prec;
+    `references` behind."""
     one_kind(cells)
     table, drafts = point_table(cells)
-    several = table["sc_prec"].nunique() > 1
-    precision = table["sc_prec"].map(lambda bits: f"sc_prec {bits}, " if several else "")
-    table["panel"] = precision + table["gamma"].map("gamma = {}".format)
     layers = _curve_layers(table, drafts, quantity, interval, y)
-    across = panel_columns(table["gamma"].nunique())
-    layered = alt.layer(*references, *layers).properties(width=290 if across < 4 else 235, height=240)
-    columns = {*TOOLTIP_FIELDS, "x", "draft", "streams", "curve", "panel", "ceiling", interval}
+    columns = {*TOOLTIP_FIELDS, "x", "draft", "streams", "curve", "ceiling", interval}
     columns |= {quantity, f"{quantity}_lo", f"{quantity}_hi"}
-    facet = alt.Facet("panel:N", sort=list(dict.fromkeys(table["panel"])), header=alt.Header(title=None))
-    data = alt.InlineData(values=records(table[sorted(columns)]))
-    return legend_above(layered.facet(facet, columns=across, data=data))
+    picks = dropdowns(table, {"sc_prec": "sc_prec (bits)"})
+    chart = panels(alt.layer(*references, *layers), cells, records(table[sorted(columns)]), 290, 240)
+    return legend_above(picked(chart.add_params(*picks.values()), picks))
 
 
 def alpha_chart(cells: pd.DataFrame) -> alt.FacetChart:

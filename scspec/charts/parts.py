@@ -92,9 +92,5 @@ def panels(
     gammas = cells["gamma"].nunique()
     facet = alt.Facet("gamma:O", header=alt.Header(title=None, labelExpr="'gamma = ' + datum.value"))
     chart = layered.properties(width=width, height=height)
-    return chart.facet(facet, columns=panel_columns(gammas), data=alt.InlineData(values=values))
-
-
-def panel_columns(count: int) -> int:
-    """How many of `count` panels stand in a row: at most four, and rows as equal as they can be."""
-    return ceil(count / ceil(count / 4))
+    across = ceil(gammas / ceil(gammas / 4))
+    return chart.facet(facet, columns=across, data=alt.InlineData(values=values))

@@ -24,14 +24,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scspec.report.cell import cell_page
+from scspec.report.cell import cell_page, prompt_totals
 from scspec.report.headline import all_shortest_texts
 from scspec.report.index import index_page
 from scspec.report.pair import pair_page
 from scspec.report.render import unvalidated_charts, write_page
 from scspec.report.run import Run, read_run
 from scspec.results import atomic_file
-from scspec.stats import prompt_sums
 
 
 def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_path: Path | str) -> pd.DataFrame:
@@ -57,11 +56,11 @@ def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_pat
 
 def _write_cells(run: Run, folder: Path) -> None:
     blocks = dict(iter(run.blocks.groupby("cell_id", sort=False)))
-    sums = dict(iter(prompt_sums(run.blocks).groupby(level="cell_id", sort=False))) if len(run.blocks) else {}
+    prompts = prompt_totals(run.tally)
     for _, cell in run.summary.iterrows():
         cell_id = cell["cell_id"]
         root = "../" * (1 + cell_id.count("/"))
-        page = cell_page(cell, blocks[cell_id], sums[cell_id], run.metadata[cell_id], root)
+        page = cell_page(cell, blocks[cell_id], prompts[cell_id], run.metadata[cell_id], root)
         write_page(folder / "cells" / f"{cell_id}.html", "cell.html.j2", page)
 
 

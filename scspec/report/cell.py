@@ -22,7 +22,7 @@ from scspec.report.transcript import (
     transcript,
     visible,
 )
-from scspec.stats import TIMES, alpha
+from scspec.stats import TIMES, Tally, alpha
 
 _SIDES = ("target", "draft")
 _DRAFT = [f"{side}_{name}" for side in _SIDES for name in ("stoc_len", "sc_prec", "settings")]
@@ -32,16 +32,36 @@ _TOKENS_SHOWN = 160  # of all transcripts together: pages of 8 KB on average, 10
 _TAGS = {ACCEPTED: "", REJECTED: "del", CORRECTION: "ins", BONUS: "b"}  # told apart without colours too
 
 
+class PromptTotals(NamedTuple):
+    """Of a prompt, its turns together: alpha, tokens kept, draft and target times in seconds, NaN where replayed."""
+
+    prompt_id: str
+    category: str
+    alpha: float
+    tokens: float
+    time_s: float
+
+
+def prompt_totals(tally: Tally) -> dict[str, list[PromptTotals]]:
+    """cell_id -> the totals of its prompts, in the order of their ids."""
+    found: dict[str, list[PromptTotals]] = {cell_id: [] for cell_id in tally.cells["cell_id"]}
+    if found:
+        sums = tally.sums
+        columns = (alpha(sums), sums["tokens"], sum(sums[name] for name in TIMES))
+        for (cell_id, category, prompt_id), *its in zip(sums.index, *columns, strict=True):
+            found[cell_id].append(PromptTotals(prompt_id, category, *its))
+    return {cell_id: sorted(its) for cell_id, its in found.items()}
+
+
 def cell_page(
-    cell: pd.Series, blocks: pd.DataFrame, sums: pd.DataFrame, metadata: dict[str, Any], root: str
+    cell: pd.Series, blocks: pd.DataFrame, prompts: list[PromptTotals], metadata: dict[str, Any], root: str
 ) -> dict[str, Any]:
     """What the template of a cell shows.
 
-    cell: its row of the summary; blocks: its rows of Seam 3; sums: those of `prompt_sums`; metadata: its file's; root:
+    cell: its row of the summary; blocks: its rows of Seam 3; prompts: its `prompt_totals`; metadata: its file's; root:
     where the index lies, as "../../". Tokens are read with the target's tokenizer, prompts from the file that
     `metadata` names.
     """
-    prompts = _by_prompt(sums)
     worst = sorted(prompts, key=lambda its: its.alpha)[:_PROMPTS_LISTED]
     timed = [its for its in prompts if not np.isnan(its.time_s)]
     slowest = sorted(timed, key=lambda its: its.time_s, reverse=True)[:_PROMPTS_LISTED]
@@ -68,23 +88,7 @@ def cell_page(
     }
 
 
-class _PromptTotals(NamedTuple):
-    """Of a prompt, its turns together: alpha, tokens kept, draft and target times in seconds, NaN where replayed."""
-
-    prompt_id: str
-    category: str
-    alpha: float
-    tokens: float
-    time_s: float
-
-
-def _by_prompt(sums: pd.DataFrame) -> list[_PromptTotals]:
-    """The totals of each prompt, in the order of their ids."""
-    names = (sums.index.get_level_values(level) for level in ("prompt_id", "category"))
-    return sorted(map(_PromptTotals, *names, alpha(sums), sums["tokens"], sum(sums[name] for name in TIMES)))
-
-
-def _listed(prompts: list[_PromptTotals], values: list[str]) -> list[tuple[str, ...]]:
+def _listed(prompts: list[PromptTotals], values: list[str]) -> list[tuple[str, ...]]:
     return [
         (visible(its.prompt_id), visible(its.category), value, f"{its.tokens:,.0f}")
         for its, value in zip(prompts, values, strict=True)
@@ -133,8 +137,8 @@ def _estimates(cell: pd.Series) -> list[tuple[str, str]]:
 
 
 def _transcripts(
-    worst: list[_PromptTotals],
-    slowest: list[_PromptTotals],
+    worst: list[PromptTotals],
+    slowest: list[PromptTotals],
     blocks: pd.DataFrame,
     prompt_file: dict[str, Any],
     tokenizer: Tokenizer | None,
@@ -160,14 +164,14 @@ def _first_turn(
     blocks: pd.DataFrame, prompt_id: str, prompt: Prompt | None, tokenizer: Tokenizer | None, limit: int
 ) -> dict[str, Any]:
     rows = np.flatnonzero(blocks["prompt_id"] == prompt_id)
-    columns = {name: blocks[name].to_numpy()[rows] for name in ("turn", "block", *TRANSCRIPT_COLUMNS)}
-    turns = columns["turn"]
+    turns = blocks["turn"].to_numpy()[rows]
     count = len(np.unique(turns))
-    order = np.lexsort((columns["block"], turns))[: (turns == turns.min()).sum()]
+    first = rows[turns == turns.min()]
+    first = first[np.argsort(blocks["block"].to_numpy()[first])]
     return {
         "turns": f", the first of {count} turns" if count > 1 else "",
         "prompt": visible(_cut(prompt.turns[turns.min()])) if prompt else "",
-        "text": transcript({name: columns[name][order] for name in TRANSCRIPT_COLUMNS}, tokenizer, limit),
+        "text": transcript({name: blocks[name].take(first) for name in TRANSCRIPT_COLUMNS}, tokenizer, limit),
     }
 
 

@@ -79,10 +79,10 @@ def shortest_texts(run: Run, group: pd.DataFrame) -> list[dict[str, str]]:
     grid = group[group["arm"] == GRID_ARM]
     if not reference or grid.empty:
         return []
-    texts, blocks = [], run.blocks_of(group)
+    texts, tally = [], run.tally_of(group)
     for draft, cells in grid.assign(draft=draft_labels(grid)).groupby("draft", sort=False):
         lengths = dict(zip(cells["cell_id"], cells["target_stoc_len"].astype(int), strict=True))
-        found = shortest_streams(blocks, run.metadata, lengths, reference)
+        found = shortest_streams(tally, run.metadata, lengths, reference)
         texts.append({"draft": draft, "length": _length_text(found), "alpha": _alpha_text(found)})
     return texts
 

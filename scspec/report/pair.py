@@ -136,18 +136,18 @@ def _grid_charts(run: Run, grid: pd.DataFrame, do_sample: bool) -> Iterator[tupl
         "alpha for each pair of stream lengths: along a column the draft's streams shrink alone, along a row the "
         "target's",
     )
-    blocks = run.blocks_of(grid)
+    tally = run.tally_of(grid)
     yield (
         "positions",
         "Acceptance by position in the block",
-        positions_chart(positions(blocks), grid),
+        positions_chart(positions(tally), grid),
         "alpha_i is the share of blocks that accepted proposal i among those that could, so that a falling line means "
         f"that the draft strays from the target's text; {_bars(grid)}",
     )
     yield (
         "categories",
         "Acceptance by category of prompt",
-        categories_chart(by_category(blocks), grid),
+        categories_chart(by_category(tally), grid),
         "alpha of the prompts of one category; bars are 95\u00a0% intervals over its prompts, where it has at least "
         f"{MIN_PROMPTS}",
     )

@@ -9,7 +9,7 @@ import pandas as pd
 
 from scspec.hardware import modelled
 from scspec.results import CONTINUATIONS, QUALITY_KEYS, QUALITY_SCHEMA, check_identities, read_cells, read_rows
-from scspec.stats import PLATFORM_COLUMNS, summarise, summarise_quality
+from scspec.stats import PLATFORM_COLUMNS, Tally, summarise, summarise_quality
 
 _QUALITY_COLUMNS = {  # of the summary -> of a target's quality
     **{name: name for name in ("perplexity", "float_perplexity", "quality_loss", "quality_loss_lo", "quality_loss_hi")},
@@ -19,7 +19,8 @@ _QUALITY_COLUMNS = {  # of the summary -> of a target's quality
 
 @dataclass(frozen=True)
 class Run:
-    """`plan` as in `build_report`; `blocks` and `metadata` (cell_id -> metadata) as `read_cells` gives them.
+    """`plan` as in `build_report`; `blocks` and `metadata` (cell_id -> metadata) as `read_cells` gives them; `tally` of
+    the blocks.
 
     quality: {path: a row per source of text} (`stats.summarise_quality`) of the quality files that exist.
     summary: a row per cell (`stats.summarise`) with the hardware model, its target's quality, and `computed_on`: the
@@ -28,13 +29,14 @@ class Run:
 
     plan: dict[str, Any]
     blocks: pd.DataFrame
+    tally: Tally
     metadata: dict[str, dict[str, Any]]
     quality: dict[str, pd.DataFrame]
     summary: pd.DataFrame
 
-    def blocks_of(self, cells: pd.DataFrame) -> pd.DataFrame:
-        """The blocks of some rows of the summary."""
-        return self.blocks[self.blocks["cell_id"].isin(cells["cell_id"])]
+    def tally_of(self, cells: pd.DataFrame) -> Tally:
+        """The tally of some rows of the summary."""
+        return self.tally.only(cells["cell_id"])
 
 
 def read_run(cell_paths: Iterable[Path | str], plan: dict[str, Any]) -> Run:
@@ -42,9 +44,9 @@ def read_run(cell_paths: Iterable[Path | str], plan: dict[str, Any]) -> Run:
     blocks, metadata = read_cells(path for path in map(Path, cell_paths) if path.exists())
     _check_settings(metadata, plan)
     check_identities(blocks)
-    quality = _read_quality(plan)
-    summary = _with_quality(modelled(summarise(blocks, metadata), metadata), quality, plan)
-    return Run(plan, blocks, metadata, quality, summary.assign(computed_on=_computed_on(summary, metadata)))
+    quality, tally = _read_quality(plan), Tally.of(blocks)
+    summary = _with_quality(modelled(summarise(tally, metadata), metadata), quality, plan)
+    return Run(plan, blocks, tally, metadata, quality, summary.assign(computed_on=_computed_on(summary, metadata)))
 
 
 def comparable(summary: pd.DataFrame, *names: str) -> Iterator[tuple[tuple, str, pd.DataFrame]]:

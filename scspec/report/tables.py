@@ -40,7 +40,7 @@ def seed_rows(run: Run, grid: pd.DataFrame) -> list[dict[str, str]]:
     """A row of text per setting that several SC seeds have, pooled; `grid`: comparable cells of the summary."""
     if grid["sc_seed"].nunique() < 2:
         return []
-    pooled = pool_seeds(run.blocks_of(grid), run.metadata)
+    pooled = pool_seeds(run.tally_of(grid), run.metadata)
     pooled = pooled[pooled["seeds"] > 1]
     return [
         {

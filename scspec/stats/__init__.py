@@ -1,6 +1,7 @@
 """Tables of blocks -> estimates with intervals (DESIGN section 4); tables of texts -> quality of the target.
 
-    sums.py       blocks -> sums over the blocks of a prompt; the estimators, functions of sums
+    tally.py      blocks -> sums over the blocks of each prompt, once for all that follows
+    sums.py       the estimators, functions of sums
     bootstrap.py  draws of prompts, and the sums of many cells under them
     intervals.py  an estimate and its resamples -> bounds, and what kind they are of
     cells.py      estimates of single cells: whole, by position, by category
@@ -38,11 +39,11 @@ from scspec.stats.sums import (
     alpha_evaluated,
     position_alphas,
     predicted_tau,
-    prompt_sums,
     survival,
     tau,
     tokens_per_s,
 )
+from scspec.stats.tally import Tally
 
 __all__ = [
     "BOOTSTRAP",
@@ -63,6 +64,7 @@ __all__ = [
     "TIMES",
     "UNANIMOUS",
     "Sums",
+    "Tally",
     "acceptance_rate",
     "alpha",
     "alpha_evaluated",
@@ -73,7 +75,6 @@ __all__ = [
     "position_alphas",
     "positions",
     "predicted_tau",
-    "prompt_sums",
     "shortest_streams",
     "summarise",
     "summarise_quality",

@@ -6,14 +6,14 @@ share their draws, so what compares or pools cells that share prompts resamples 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import pandas as pd
 
 from scspec.stats.sums import RESAMPLED, Sums, sums_of
+from scspec.stats.tally import Tally
 
 MIN_PROMPTS = 8  # below, no interval: a handful of prompts does not show how prompts vary
 MIN_PROMPTS_PER_STRATUM = 10
@@ -53,10 +53,9 @@ class Chunk:
     drawn: Sums
 
 
-def resampled_chunks(
-    per_prompt: pd.DataFrame, gammas: Mapping[str, int], resamples: int, seed: int, by: Sequence[str] = ("cell_id",)
-) -> Iterator[Chunk]:
-    """Yields the units of `prompt_sums` in chunks; `by` ("cell_id", or that and "category") is what a unit is."""
+def resampled_chunks(tally: Tally, resamples: int, seed: int, by: Sequence[str] = ("cell_id",)) -> Iterator[Chunk]:
+    """Yields the units of a tally in chunks; `by` ("cell_id", or that and "category") is what a unit is."""
+    per_prompt, gammas = tally.sums, tally.gammas
     sizes = per_prompt.groupby(level=list(by), observed=True).size()
     ends = sizes.cumsum().to_numpy()
     categories = per_prompt.index.get_level_values("category").factorize(sort=True)[0]

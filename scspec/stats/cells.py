@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scspec.results import KEY_COLUMNS, padded
+from scspec.results import KEY_COLUMNS
 from scspec.stats.bootstrap import Chunk, resampled_chunks
 from scspec.stats.intervals import share_interval, tau_interval
 from scspec.stats.sums import (
@@ -15,10 +15,10 @@ from scspec.stats.sums import (
     alpha,
     position_alphas,
     predicted_tau,
-    prompt_sums,
     survival,
     tau,
 )
+from scspec.stats.tally import Tally
 
 PLATFORM_COLUMNS = ("device_name", "dtype", "backend")  # what a cell was computed on and in
 
@@ -31,32 +31,19 @@ SUMMARY_COLUMNS = (
 )
 
 
-def cell_keys(blocks: pd.DataFrame) -> pd.DataFrame:
-    """KEY_COLUMNS, a row per cell in the order in which the cells appear. Raises ValueError at two settings in one."""
-    keys = blocks[list(KEY_COLUMNS)].drop_duplicates(ignore_index=True)
-    if keys["cell_id"].duplicated().any():
-        raise ValueError(f"more than one setting in cell {keys['cell_id'][keys['cell_id'].duplicated()].iloc[0]!r}")
-    return keys
-
-
-def cell_gammas(keys: pd.DataFrame) -> dict[str, int]:
-    """cell_id -> gamma, of the table of `cell_keys`."""
-    return dict(zip(keys["cell_id"], keys["gamma"], strict=True))
-
-
-def with_platforms(blocks: pd.DataFrame, metadata: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
-    """KEY_COLUMNS, device_name and dtype, a row per cell in the order in which the cells appear."""
-    keys = cell_keys(blocks)
+def with_platforms(tally: Tally, metadata: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+    """`tally.cells` with device_name and dtype."""
+    keys = tally.cells
     its = [metadata[cell_id] for cell_id in keys["cell_id"]]
     return keys.assign(device_name=[i["device"] for i in its], dtype=[i["cell"]["dtype"] for i in its])
 
 
 def summarise(
-    blocks: pd.DataFrame, metadata: Mapping[str, dict[str, Any]], *, resamples: int = 2000, seed: int = 0
+    tally: Tally, metadata: Mapping[str, dict[str, Any]], *, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
-    """One row per cell, in the order in which the cells appear: keys, platform, estimates, intervals, counts, times.
+    """One row per cell, in the order of `tally.cells`: keys, platform, estimates, intervals, counts, times.
 
-    `blocks` and `metadata` (cell_id -> metadata) are those of `read_cells`. Columns: KEY_COLUMNS and SUMMARY_COLUMNS:
+    tally: of the blocks, and metadata: cell_id -> metadata, of `read_cells`. Columns: KEY_COLUMNS and SUMMARY_COLUMNS:
     device_name (the device, and what its card or processor is called) and dtype; the estimates; 95 % bounds alpha_lo,
     alpha_hi, tau_lo, tau_hi with `interval` (of alpha) and `tau_interval` in {"bootstrap", "one-sided", "none"};
     tokens (kept), blocks, prompts; times in seconds, summed and (mean_...) per block; beta_min, the smallest beta of
@@ -66,15 +53,12 @@ def summarise(
     MIN_PROMPTS_PER_STRATUM prompts; "none" below MIN_PROMPTS prompts; `one_sided_share` where the estimate is at
     the end of its range. Draws come from a generator of their own, seeded with `seed`.
     """
-    if blocks.empty:
+    if tally.cells.empty:
         return pd.DataFrame(columns=[*KEY_COLUMNS, *SUMMARY_COLUMNS])
-    keys = with_platforms(blocks, metadata)
-    chunks = resampled_chunks(prompt_sums(blocks), cell_gammas(keys), resamples, seed)
+    keys = with_platforms(tally, metadata)
+    chunks = resampled_chunks(tally, resamples, seed)
     estimates = pd.concat([_estimates(chunk) for chunk in chunks]).loc[keys["cell_id"]].reset_index(drop=True)
-    summary = pd.concat([keys, estimates], axis=1)
-    smallest = pd.Series(padded(blocks["beta"], np.inf).min(axis=1)).groupby(blocks["cell_id"].to_numpy()).min()
-    summary["beta_min"] = keys["cell_id"].map(smallest)
-    return summary[[*KEY_COLUMNS, *SUMMARY_COLUMNS]]
+    return pd.concat([keys, estimates], axis=1)[[*KEY_COLUMNS, *SUMMARY_COLUMNS]]
 
 
 def _estimates(chunk: Chunk) -> pd.DataFrame:
@@ -111,18 +95,17 @@ POSITION_COLUMNS = (
 )
 
 
-def positions(blocks: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+def positions(tally: Tally, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """One row per (cell_id, i), i = 1..gamma: POSITION_COLUMNS, cells and positions in ascending order.
 
     p_accepted is P(accepted >= i) (`survival`), whose sum over i is tau - 1; alpha_i is that of `position_alphas`, NaN
     where no block is at risk. 95 % bounds _lo, _hi and their kind _interval follow the rules and the draws of
     `summarise`; those of alpha_i count the prompts that have a block at risk at i, which are `prompts`. at_risk: such
-    blocks, of sampled and replayed cells their expected number. Raises ValueError if a cell has two settings.
+    blocks, of sampled and replayed cells their expected number.
     """
-    if blocks.empty:
+    if tally.cells.empty:
         return pd.DataFrame(columns=POSITION_COLUMNS)
-    chunks = resampled_chunks(prompt_sums(blocks), cell_gammas(cell_keys(blocks)), resamples, seed)
-    rows = [row for chunk in chunks for row in _position_rows(chunk)]
+    rows = [row for chunk in resampled_chunks(tally, resamples, seed) for row in _position_rows(chunk)]
     return pd.DataFrame(rows, columns=POSITION_COLUMNS).sort_values(["cell_id", "i"], ignore_index=True)
 
 
@@ -143,16 +126,11 @@ def _position_rows(chunk: Chunk) -> Iterator[tuple]:
 CATEGORY_COLUMNS = ("cell_id", "category", "alpha", "tau", *INTERVAL_COLUMNS, "tokens", "blocks", "prompts")
 
 
-def by_category(blocks: pd.DataFrame, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """One row per (cell_id, category), in ascending order: CATEGORY_COLUMNS, as in `summarise` for the whole cell.
-
-    Raises ValueError if a cell has two settings.
-    """
-    if blocks.empty:
+def by_category(tally: Tally, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """One row per (cell_id, category), in ascending order: CATEGORY_COLUMNS, as in `summarise` for the whole cell."""
+    if tally.cells.empty:
         return pd.DataFrame(columns=CATEGORY_COLUMNS)
-    chunks = resampled_chunks(
-        prompt_sums(blocks), cell_gammas(cell_keys(blocks)), resamples, seed, by=("cell_id", "category")
-    )
+    chunks = resampled_chunks(tally, resamples, seed, by=("cell_id", "category"))
     table = pd.concat([_estimates(chunk) for chunk in chunks])
     table.index = pd.MultiIndex.from_tuples(table.index, names=["cell_id", "category"])
     return table.sort_index().reset_index()[list(CATEGORY_COLUMNS)]

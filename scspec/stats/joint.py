@@ -10,11 +10,11 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from scspec.stats.bootstrap import resampled_chunks
-from scspec.stats.cells import PLATFORM_COLUMNS, cell_gammas, cell_keys, with_platforms
-from scspec.stats.sums import alpha, prompt_sums, tau
+from scspec.stats.cells import PLATFORM_COLUMNS, with_platforms
+from scspec.stats.sums import alpha, tau
+from scspec.stats.tally import Tally
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class ResampledCell:
     taus: np.ndarray
 
 
-def resampled_cells(blocks: pd.DataFrame, resamples: int, seed: int) -> dict[str, ResampledCell]:
-    """cell_id -> the cell, of blocks. Raises ValueError if a cell has two settings."""
+def resampled_cells(tally: Tally, resamples: int, seed: int) -> dict[str, ResampledCell]:
+    """cell_id -> the cell, of a tally."""
     cells = {}
-    for chunk in resampled_chunks(prompt_sums(blocks), cell_gammas(cell_keys(blocks)), resamples, seed):
+    for chunk in resampled_chunks(tally, resamples, seed):
         total = chunk.sums.total()
         columns = alpha(total), alpha(chunk.drawn), tau(total), tau(chunk.drawn)
         for unit, *its in zip(chunk.units, *columns, strict=True):
@@ -52,11 +52,9 @@ def check_alike(cell_ids: Sequence[str], facts: Mapping[str, dict[str, Any]]) ->
             raise ValueError(f"cells {first!r} and {other!r} must have the same {name} to be compared, not {how}")
 
 
-def cell_facts(blocks: pd.DataFrame, metadata: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def cell_facts(tally: Tally, metadata: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """cell_id -> what must be the same in cells that are paired: platform, way of decoding, prompts."""
-    cells = with_platforms(blocks, metadata)
-    prompts = blocks[["cell_id", "category", "prompt_id"]].drop_duplicates().groupby("cell_id")
-    prompts = {cell_id: set(zip(its["category"], its["prompt_id"], strict=True)) for cell_id, its in prompts}
+    cells, prompts = with_platforms(tally, metadata), tally.prompts
     return {
         cell["cell_id"]: {
             **{name: cell[name] for name in (*PLATFORM_COLUMNS, "do_sample")},

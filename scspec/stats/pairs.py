@@ -9,6 +9,7 @@ import pandas as pd
 from scspec.stats.bootstrap import MIN_PROMPTS
 from scspec.stats.intervals import BOOTSTRAP, NO_INTERVAL, ROUNDING, UNANIMOUS, mixed_tau, one_sided_share, percentiles
 from scspec.stats.joint import ResampledCell, cell_facts, check_alike, resampled_cells
+from scspec.stats.tally import Tally
 
 DIFFERENCE_COLUMNS = (
     *("cell_id_a", "cell_id_b", "prompts"),
@@ -18,7 +19,7 @@ DIFFERENCE_COLUMNS = (
 
 
 def paired_differences(
-    blocks: pd.DataFrame,
+    tally: Tally,
     metadata: Mapping[str, dict[str, Any]],
     pairs: Iterable[tuple[str, str]],
     *,
@@ -27,7 +28,7 @@ def paired_differences(
 ) -> pd.DataFrame:
     """One row per pair of cell ids (a, b), in their order: DIFFERENCE_COLUMNS; _diff is b's estimate minus a's.
 
-    `blocks` and `metadata` are those of `read_cells`. Each resample draws the same prompts for both cells, so what
+    tally: of the blocks, and metadata, of `read_cells`. Each resample draws the same prompts for both cells, so what
     makes a prompt hard for both cancels (the paired bootstrap; Efron & Tibshirani 1993, An Introduction to the
     Bootstrap, section 8.3); _lo and _hi are 95 % percentiles over draws, strata as in `summarise`. `interval` (of
     alpha's) and `tau_interval` are "bootstrap"; "none" below MIN_PROMPTS prompts, or for tau where one is undefined;
@@ -39,16 +40,15 @@ def paired_differences(
     decoding (sampling settings, token budget) or prompts.
     """
     pairs = list(pairs)
-    known = set(blocks["cell_id"].unique())
-    if unknown := sorted({cell_id for pair in pairs for cell_id in pair} - known):
-        raise ValueError(f"pairs: no blocks of cell {unknown[0]!r}; allowed: the cell ids of `blocks`")
+    if unknown := sorted({cell_id for pair in pairs for cell_id in pair} - set(tally.cells["cell_id"])):
+        raise ValueError(f"pairs: no blocks of cell {unknown[0]!r}; allowed: the cell ids of `tally`")
     if not pairs:
         return pd.DataFrame(columns=DIFFERENCE_COLUMNS)
-    blocks = blocks[blocks["cell_id"].isin({cell_id for pair in pairs for cell_id in pair})]
-    facts = cell_facts(blocks, metadata)
+    tally = tally.only({cell_id for pair in pairs for cell_id in pair})
+    facts = cell_facts(tally, metadata)
     for pair in pairs:
         check_alike(pair, facts)
-    cells = resampled_cells(blocks, resamples, seed)
+    cells = resampled_cells(tally, resamples, seed)
     return pd.DataFrame([_difference_row(*pair, cells) for pair in pairs], columns=DIFFERENCE_COLUMNS)
 
 

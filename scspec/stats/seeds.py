@@ -12,6 +12,7 @@ from scspec.results import KEY_COLUMNS
 from scspec.stats.cells import INTERVAL_COLUMNS, with_platforms
 from scspec.stats.intervals import share_interval, tau_interval
 from scspec.stats.joint import ResampledCell, cell_facts, check_alike, resampled_cells
+from scspec.stats.tally import Tally
 
 _SEEDS = ("sc_seed", "target_sc_seed", "draft_sc_seed")
 _POOL_KEYS = (*(name for name in KEY_COLUMNS if name not in ("cell_id", *_SEEDS)), "device_name", "dtype")
@@ -22,11 +23,11 @@ POOLED_COLUMNS = (
 
 
 def pool_seeds(
-    blocks: pd.DataFrame, metadata: Mapping[str, dict[str, Any]], *, resamples: int = 2000, seed: int = 0
+    tally: Tally, metadata: Mapping[str, dict[str, Any]], *, resamples: int = 2000, seed: int = 0
 ) -> pd.DataFrame:
     """One row per setting, over cells that differ in their SC seeds only: POOLED_COLUMNS, in order of appearance.
 
-    `blocks` and `metadata` are those of `read_cells`. alpha and tau are means over the seeds of the cells' estimates;
+    tally: of the blocks, and metadata, of `read_cells`. alpha and tau are means over the seeds of the cells' estimates;
     alpha_seed_sd and tau_seed_sd the standard deviation between seeds (n - 1; NaN of one seed), which holds what seeds
     do to single prompts; seeds, prompts: how many; cell_ids: a tuple. Where a side's seed is the other's plus an
     offset, as in the arm `reseed`, only cells of one offset are pooled.
@@ -44,13 +45,10 @@ def pool_seeds(
     Raises ValueError naming the cells if those of one setting have different prompts, sampling settings or token
     budgets, or the same seeds.
     """
-    if blocks.empty:
+    if tally.cells.empty:
         return pd.DataFrame(columns=POOLED_COLUMNS)
-    settings, facts, cells = (
-        _settings(blocks, metadata),
-        cell_facts(blocks, metadata),
-        resampled_cells(blocks, resamples, seed),
-    )
+    settings, facts = _settings(tally, metadata), cell_facts(tally, metadata)
+    cells = resampled_cells(tally, resamples, seed)
     repeated = settings["cell_id"][settings.duplicated(["setting", *_SEEDS])]
     if len(repeated):
         raise ValueError(f"cell {repeated.iloc[0]!r} has the setting and the seeds of another; pool one of them")
@@ -66,9 +64,9 @@ def pool_seeds(
     return pd.DataFrame(rows, columns=POOLED_COLUMNS).astype({name: settings[name].dtype for name in _POOL_KEYS})
 
 
-def _settings(blocks: pd.DataFrame, metadata: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
+def _settings(tally: Tally, metadata: Mapping[str, dict[str, Any]]) -> pd.DataFrame:
     """The keys and platform of each cell; `setting` numbers what is the same without the seeds."""
-    cells = with_platforms(blocks, metadata)
+    cells = with_platforms(tally, metadata)
     for name in ("target_settings", "draft_settings"):
         knobs = cells[name].map(json.loads)
         cells[name] = [json.dumps({k: v for k, v in its.items() if k != "sc_seed"}, sort_keys=True) for its in knobs]

@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from scspec.stats.bootstrap import MIN_PROMPTS
 from scspec.stats.intervals import INTERVAL_LEVEL, ROUNDING
 from scspec.stats.joint import cell_facts, check_alike, resampled_cells
+from scspec.stats.tally import Tally
 
 KEPT_SHARE = 0.95  # of alpha in floating point
 
 
 def shortest_streams(
-    blocks: pd.DataFrame,
+    tally: Tally,
     metadata: Mapping[str, dict[str, Any]],
     lengths: Mapping[str, int],
     reference: Sequence[str],
@@ -34,11 +34,11 @@ def shortest_streams(
     cells that do not share platform, way of decoding and prompts, and for an unknown cell.
     """
     wanted = [*reference, *lengths]
-    if unknown := sorted(set(wanted) - set(blocks["cell_id"].unique())):
-        raise ValueError(f"lengths: no blocks of cell {unknown[0]!r}; allowed: the cell ids of `blocks`")
-    blocks = blocks[blocks["cell_id"].isin(wanted)]
-    check_alike(wanted, cell_facts(blocks, metadata))
-    cells = resampled_cells(blocks, resamples, seed)
+    if unknown := sorted(set(wanted) - set(tally.cells["cell_id"])):
+        raise ValueError(f"lengths: no blocks of cell {unknown[0]!r}; allowed: the cell ids of `tally`")
+    tally = tally.only(wanted)
+    check_alike(wanted, cell_facts(tally, metadata))
+    cells = resampled_cells(tally, resamples, seed)
     prompts = cells[wanted[0]].prompts
     of_length = {length: [cell_id for cell_id in lengths if lengths[cell_id] == length] for length in lengths.values()}
     ordered = sorted(of_length)

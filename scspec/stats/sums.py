@@ -1,11 +1,9 @@
-"""Blocks -> `Sums`, and the estimates that are functions of them (DESIGN section 4)."""
+"""Sums over blocks, and the estimates that are functions of them (DESIGN section 4)."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-
-from scspec.results import list_lengths, padded
 
 TIMES = ("draft_time_s", "verify_time_s")
 RESAMPLED = ("beta_sum", "beta_count")  # what intervals need, beside the sums of each position
@@ -98,41 +96,7 @@ ESTIMATES = {
 }
 
 
-def _block_sums(blocks: pd.DataFrame) -> pd.DataFrame:
-    """A row per block with the columns of SUMS and at_risk_i, succeeded_i for i = 1..the largest gamma, each times
-    the block's weight."""
-    emitted = list_lengths(blocks["beta"])
-    gamma, accepted = blocks["gamma"].to_numpy(), blocks["accepted"].to_numpy()
-    beta = padded(blocks["beta"], 0.0)
-    evaluated = np.arange(beta.shape[1]) < gamma[:, None]  # not the bonus position
-    sums = {
-        "beta_sum": beta.sum(axis=1),
-        "beta_count": emitted,
-        "evaluated_sum": (beta * evaluated).sum(axis=1),
-        "evaluated_count": np.minimum(emitted, gamma),
-        "accepted": accepted,
-        "proposed": gamma,
-        "blocks": np.ones(len(blocks)),
-        "tokens": blocks["kept"].to_numpy(),
-        "draft_time_s": blocks["draft_time_s"].to_numpy(),
-        "verify_time_s": blocks["verify_time_s"].to_numpy(),
-    }
-    for i in range(1, gamma.max() + 1):
-        sums[f"at_risk_{i}"] = emitted >= i
-        sums[f"succeeded_{i}"] = (emitted >= i) & (accepted >= i)
-    return pd.DataFrame(sums, dtype=np.float64).mul(blocks["weight"].to_numpy(), axis=0)
-
-
-def prompt_sums(blocks: pd.DataFrame) -> pd.DataFrame:
-    """Sums per (cell_id, category, prompt_id), the turns of a prompt together, in that order of the index.
-
-    Times are NaN where no block of the prompt has one, as in replayed cells."""
-    keys = ["cell_id", "category", "prompt_id"]
-    per_block = pd.concat([blocks[keys].reset_index(drop=True), _block_sums(blocks)], axis=1)
-    return per_block.groupby(keys, sort=True, observed=True).sum(min_count=1)
-
-
 def sums_of(names: pd.Index, values: np.ndarray, gamma: int) -> Sums:
-    """`Sums` of the columns of `prompt_sums`, which lie along the first axis."""
+    """`Sums` of the columns of `Tally.sums`, which lie along the first axis."""
     at = {name: [names.get_loc(f"{name}_{i}") for i in range(1, gamma + 1)] for name in ("at_risk", "succeeded")}
     return Sums(values[: len(SUMS)], **{name: values[rows] for name, rows in at.items()})
