@@ -44,7 +44,7 @@ def categories_chart(table: pd.DataFrame, cells: pd.DataFrame) -> alt.LayerChart
     columns = [*fields(_TOOLTIP), "interval", "alpha_lo", "alpha_hi"]
     values = records(table[columns], decimals=6)
     picks = dropdowns(table, {"draft": "draft's streams", "gamma": "gamma", "sc_prec": "sc_prec (bits)"})
-    chart = picked(alt.layer(*layers, data=alt.InlineData(values=values)).add_params(*picks.values()), picks)
-    chart = chart.properties(width=420, height=len(categories) * (len(lengths) * _ROW_PX + _GAP_PX))
+    size = {"width": 420, "height": len(categories) * (len(lengths) * _ROW_PX + _GAP_PX)}
     about = f"Acceptance alpha by category of prompt and stream length, {subject(cells)}"
-    return legend_above(chart.properties(description=about))
+    properties = {**size, "config": legend_above(), "description": about, **picked(picks)}
+    return alt.layer(*layers, data=alt.InlineData(values=values), **properties)

@@ -69,8 +69,6 @@ def controls_chart(cells: pd.DataFrame) -> alt.LayerChart:
         base.mark_circle(size=75, opacity=1).encode(x=x, color=color, tooltip=TOOLTIP),
     ]
     columns = [*TOOLTIP_FIELDS, "label", "expected", "interval", "alpha_lo", "alpha_hi"]
-    chart = alt.layer(*layers, data=alt.InlineData(values=records(table[columns])))
-    description = (
-        f"Acceptance alpha with SC on both sides, on either and on none, and of the controls, {subject(cells)}"
-    )
-    return chart.properties(width=330, height=alt.Step(28), description=description)
+    about = f"Acceptance alpha with SC on both sides, on either and on none, and of the controls, {subject(cells)}"
+    properties = {"width": 330, "height": alt.Step(28), "description": about}
+    return alt.layer(*layers, data=alt.InlineData(values=records(table[columns])), **properties)

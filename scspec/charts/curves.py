@@ -43,7 +43,9 @@ def _curve_layers(table: pd.DataFrame, drafts: list[str], quantity: str, interva
     return [bands, lines, bars, points]
 
 
-def _curves(cells: pd.DataFrame, quantity: str, interval: str, y: dict, *references: alt.Chart) -> alt.FacetChart:
+def _curves(
+    cells: pd.DataFrame, about: str, quantity: str, interval: str, y: dict, *references: alt.Chart
+) -> alt.FacetChart:
     """`quantity` per length with its bounds, a colour per draft, a panel per gamma, a dropdown that picks sc_prec;
     `references` behind."""
     one_kind(cells)
@@ -52,15 +54,16 @@ def _curves(cells: pd.DataFrame, quantity: str, interval: str, y: dict, *referen
     columns = {*TOOLTIP_FIELDS, "x", "draft", "streams", "curve", "ceiling", interval}
     columns |= {quantity, f"{quantity}_lo", f"{quantity}_hi"}
     picks = dropdowns(table, {"sc_prec": "sc_prec (bits)"})
-    chart = panels(alt.layer(*references, *layers), cells, records(table[sorted(columns)]), 290, 240)
-    return legend_above(picked(chart.add_params(*picks.values()), picks))
+    layered = alt.layer(*references, *layers, width=290, height=240)
+    properties = {"config": legend_above(), "description": description(about, cells), **picked(picks)}
+    return panels(layered, cells, records(table[sorted(columns)]), **properties)
 
 
 def alpha_chart(cells: pd.DataFrame) -> alt.FacetChart:
     """alpha against the target's stoc_len with 95 % intervals, from summary rows of one pair, arm sc_sc, greedy or
     sampled. Raises ValueError if pairs, platforms (PLATFORM_COLUMNS), or greedy and sampled cells are mixed."""
     y = {"title": alpha_title(cells), "scale": alt.Scale(domain=[0, 1])}
-    return _curves(cells, "alpha", "interval", y).properties(description=description("Acceptance alpha", cells))
+    return _curves(cells, "Acceptance alpha", "alpha", "interval", y)
 
 
 def tau_chart(cells: pd.DataFrame) -> alt.FacetChart:
@@ -70,6 +73,4 @@ def tau_chart(cells: pd.DataFrame) -> alt.FacetChart:
         "scale": alt.Scale(domain=[1, int(cells["gamma"].max()) + 1]),
     }
     ceiling = alt.Chart().mark_rule(**REFERENCE).encode(y=alt.Y("max(ceiling):Q", **y))
-    return _curves(cells, "tau", "tau_interval", y, ceiling).properties(
-        description=description("Block efficiency tau", cells)
-    )
+    return _curves(cells, "Block efficiency tau", "tau", "tau_interval", y, ceiling)

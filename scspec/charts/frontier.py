@@ -47,6 +47,6 @@ def frontier_chart(cells: pd.DataFrame) -> alt.LayerChart:
     points = alt.Chart().mark_circle(size=60).encode(x=x, y=y, color=draft_color(drafts), opacity=faded(pick))
     points = points.encode(tooltip=tooltip).add_params(pick)
     columns = sorted({*TOOLTIP_FIELDS, "draft", "quality_loss", "perplexity_ratio", "speedup_over_shortest"})
-    chart = alt.layer(even, best, points, data=alt.InlineData(values=records(table[columns])))
-    chart = legend_above(chart.properties(width=420, height=200))
-    return chart.properties(description=f"Modelled speedup against the target's loss of quality, {subject(cells)}")
+    about = f"Modelled speedup against the target's loss of quality, {subject(cells)}"
+    properties = {"width": 420, "height": 200, "config": legend_above(), "description": about}
+    return alt.layer(even, best, points, data=alt.InlineData(values=records(table[columns])), **properties)

@@ -7,7 +7,7 @@ import altair as alt
 import pandas as pd
 
 from scspec.charts.parts import REFERENCE, fields, legend_above, one_kind, records, subject, tooltips
-from scspec.charts.picks import draft_color, draft_pick, dropdowns, faded, picked
+from scspec.charts.picks import draft_color, draft_pick, dropdowns, faded, filters
 from scspec.charts.points import length_axis, lengths_of, point_table
 from scspec.stats import NO_INTERVAL
 
@@ -93,13 +93,14 @@ def _datasets(table: pd.DataFrame) -> dict[str, tuple[dict, ...]]:
     }
 
 
-def _predicted() -> alt.Chart:
-    chart = alt.Chart(alt.NamedData("settings")).transform_calculate(cost=_RELATIVE_COST, predicted=_PREDICTED_TAU)
+def _predicted(shown: list[alt.FilterTransform]) -> alt.Chart:
+    chart = alt.Chart(alt.NamedData("settings"), transform=shown)
+    chart = chart.transform_calculate(cost=_RELATIVE_COST, predicted=_PREDICTED_TAU)
     return chart.transform_calculate(speedup=f"datum.predicted / {_TIME}", energy=f"{_WORK} / datum.predicted")
 
 
-def _measured() -> alt.Chart:
-    chart = alt.Chart(alt.NamedData("cells")).transform_filter("datum.gamma === gamma_slider")
+def _measured(shown: list[alt.FilterTransform]) -> alt.Chart:
+    chart = alt.Chart(alt.NamedData("cells"), transform=shown).transform_filter("datum.gamma === gamma_slider")
     chart = chart.transform_calculate(cost=_RELATIVE_COST)
     ends = {"": "tau", "_lo": "tau_lo", "_hi": "tau_hi"}
     speedups = {f"speedup{end}": f"datum.{tau} / {_TIME}" for end, tau in ends.items()}
@@ -133,14 +134,15 @@ def hardware_chart(cells: pd.DataFrame) -> alt.HConcatChart:
     table, drafts = point_table(cells)
     picks, pick = dropdowns(table, {"sc_prec": "sc_prec (bits)"}), draft_pick()
     shared = {"x": length_axis(lengths_of(table)), "color": draft_color(drafts)}
-    marks = *(picked(chart, picks).encode(**shared) for chart in (_predicted(), _measured())), pick
+    shown = filters(picks)
+    marks = *(chart.encode(**shared) for chart in (_predicted(shown), _measured(shown))), pick
     # The legend is of both panels, so one of them holds what is picked by it.
     *speedup, diamonds = _layers("speedup", "speedup over plain decoding", *marks)
     speedup.append(diamonds.add_params(pick))
     energy = _layers("energy", "energy per token, plain decoding = 1", *marks)
     even = alt.Chart().mark_rule(**REFERENCE).encode(y=alt.datum(1))  # nothing is gained
-    panels = (alt.layer(even, *layers).properties(width=330, height=240) for layers in (speedup, energy))
-    chart = alt.hconcat(*panels, datasets=_datasets(table))
-    chart = legend_above(chart.add_params(*_controls(table["gamma"]), *picks.values()))
+    panels = (alt.layer(even, *layers, width=330, height=240) for layers in (speedup, energy))
     about = f"Modelled speedup and energy against the target's stream length, {subject(cells)}; sliders for gamma and P"
-    return chart.properties(description=about)
+    params = [its.param for its in (*_controls(table["gamma"]), *picks.values())]
+    properties = {"config": legend_above(), "description": about, "params": params}
+    return alt.hconcat(*panels, datasets=_datasets(table), **properties)

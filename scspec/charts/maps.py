@@ -4,7 +4,7 @@ import altair as alt
 import pandas as pd
 
 from scspec.charts.labels import draft_labels, trait_labels
-from scspec.charts.parts import alpha_title, fields, one_kind, panels, records, subject, with_texts
+from scspec.charts.parts import alpha_title, fields, legend_above, one_kind, panels, records, subject, with_texts
 from scspec.charts.picks import dropdowns, picked
 
 _CELL_PX = (62, 30)
@@ -42,7 +42,9 @@ def _axis(table: pd.DataFrame, name: str, title: str, *, rising: bool) -> dict:
     return {"shorthand": f"{name}:O", "title": title, "scale": alt.Scale(domain=values), "sort": values}
 
 
-def _heatmap(cells: pd.DataFrame, table: pd.DataFrame, y: tuple[str, str], choices: dict[str, str]) -> alt.FacetChart:
+def _heatmap(
+    cells: pd.DataFrame, about: str, table: pd.DataFrame, y: tuple[str, str], choices: dict[str, str]
+) -> alt.FacetChart:
     """alpha by the target's stoc_len and `y` (column, title), a panel per gamma; `choices`: columns with dropdowns."""
     names = {"target_stoc_len": "target stoc_len (cycles)", y[0]: y[1], **choices, "gamma": "gamma"}
     tooltip = _tooltip(table, names)
@@ -58,9 +60,10 @@ def _heatmap(cells: pd.DataFrame, table: pd.DataFrame, y: tuple[str, str], choic
     width, height = (
         px * count for px, count in zip(_CELL_PX, (len(across["sort"]), len(upwards["sort"])), strict=True)
     )
-    chart = panels(alt.layer(rects, texts), cells, values, max(width, 150), max(height, 80))
-    chart = picked(chart.add_params(*picks.values()), picks)
-    return chart.configure_legend(orient="top", direction="horizontal", gradientLength=240, titleLimit=400)
+    layered = alt.layer(rects, texts, width=max(width, 150), height=max(height, 80))
+    config = legend_above(gradientLength=240, titleLimit=400)
+    about = f"Acceptance alpha by {about}, {subject(cells)}, a panel per gamma"
+    return panels(layered, cells, values, config=config, description=about, **picked(picks))
 
 
 def precision_map(cells: pd.DataFrame) -> alt.FacetChart:
@@ -72,9 +75,8 @@ def precision_map(cells: pd.DataFrame) -> alt.FacetChart:
     one_kind(cells)
     cells = cells.assign(draft=draft_labels(cells)).sort_values("draft_stoc_len", ascending=False)
     table = _map_table(cells, ["draft", "target_stoc_len", "sc_prec", "gamma"])
-    chart = _heatmap(cells, table, ("sc_prec", "sc_prec (bits)"), {"draft": "draft's streams"})
-    about = f"Acceptance alpha by the target's stream length and precision, {subject(cells)}, a panel per gamma"
-    return chart.properties(description=about)
+    about, choices = "the target's stream length and precision", {"draft": "draft's streams"}
+    return _heatmap(cells, about, table, ("sc_prec", "sc_prec (bits)"), choices)
 
 
 def length_map(cells: pd.DataFrame) -> alt.FacetChart:
@@ -84,6 +86,5 @@ def length_map(cells: pd.DataFrame) -> alt.FacetChart:
     cells = cells.assign(other=trait_labels(cells)).sort_values(["sc_prec", "other"], ascending=[False, True])
     table = _map_table(cells, ["other", "target_stoc_len", "draft_stoc_len", "sc_prec", "gamma"])
     choices = {"sc_prec": "sc_prec (bits)", "other": "what else sets the draft apart"}
-    chart = _heatmap(cells, table, ("draft_stoc_len", "draft stoc_len (clock cycles)"), choices)
-    about = f"Acceptance alpha by the draft's and the target's stream length, {subject(cells)}, a panel per gamma"
-    return chart.properties(description=about)
+    about, y = "the draft's and the target's stream length", ("draft_stoc_len", "draft stoc_len (clock cycles)")
+    return _heatmap(cells, about, table, y, choices)

@@ -1,7 +1,11 @@
-"""What charts share: records, hover texts, titles, and the check that a chart is of one pair, platform and decoding."""
+"""What charts share: records, hover texts, titles, and the check that a chart is of one pair, platform and decoding.
+
+A chart of layers or panels is made at once, with all its properties: each of Altair's methods on it copies all layers.
+"""
 
 import json
 from math import ceil
+from typing import Any
 
 import altair as alt
 import pandas as pd
@@ -80,17 +84,14 @@ def description(quantity: str, cells: pd.DataFrame) -> str:
     return f"{quantity} against the target's stream length, {subject(cells)}, a panel per gamma"
 
 
-def legend_above(chart: alt.TopLevelMixin) -> alt.TopLevelMixin:
-    """The chart with its legends in a row over it."""
-    return chart.configure_legend(orient="top", direction="horizontal", columns=3)
+def legend_above(**changed: Any) -> alt.Config:
+    """The configuration of a chart with its legends in a row over it."""
+    return alt.Config(legend=alt.LegendConfig(**{"orient": "top", "direction": "horizontal", "columns": 3, **changed}))
 
 
-def panels(
-    layered: alt.LayerChart, cells: pd.DataFrame, values: tuple[dict, ...], width: int, height: int
-) -> alt.FacetChart:
+def panels(layered: alt.LayerChart, cells: pd.DataFrame, values: tuple[dict, ...], **properties: Any) -> alt.FacetChart:
     """A panel per gamma of the cells, at most four in a row, and rows as equal as they can be."""
     gammas = cells["gamma"].nunique()
     facet = alt.Facet("gamma:O", header=alt.Header(title=None, labelExpr="'gamma = ' + datum.value"))
-    chart = layered.properties(width=width, height=height)
     across = ceil(gammas / ceil(gammas / 4))
-    return chart.facet(facet, columns=across, data=alt.InlineData(values=values))
+    return layered.facet(facet, columns=across, data=alt.InlineData(values=values), **properties)

@@ -55,8 +55,11 @@ def dropdowns(table: pd.DataFrame, labels: dict[str, str]) -> dict[str, alt.Para
     }
 
 
-def picked(chart: alt.TopLevelMixin, picks: dict[str, alt.Parameter]) -> alt.TopLevelMixin:
-    """The chart of those rows that the dropdowns pick."""
-    for column, pick in picks.items():
-        chart = chart.transform_filter(alt.datum[column] == pick)
-    return chart
+def picked(picks: dict[str, alt.Parameter]) -> dict[str, list]:
+    """The properties of a chart that has these dropdowns, and shows those rows that they pick."""
+    return {"params": [pick.param for pick in picks.values()], "transform": filters(picks)} if picks else {}
+
+
+def filters(picks: dict[str, alt.Parameter]) -> list[alt.FilterTransform]:
+    """What leaves those rows that the dropdowns pick."""
+    return [alt.FilterTransform(filter=alt.datum[column] == pick) for column, pick in picks.items()]

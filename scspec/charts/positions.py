@@ -56,10 +56,9 @@ def positions_chart(table: pd.DataFrame, cells: pd.DataFrame) -> alt.FacetChart:
     bars = bars.encode(y=alt.Y("alpha_i_lo:Q", scale=scale), y2="alpha_i_hi:Q")
     points = base.mark_circle(size=60, opacity=1).encode(y=y, tooltip=_TOOLTIP)
     known = (table["alpha_i_interval"] != NO_INTERVAL).any()
-    layered = alt.layer(lines, *([bars] if known else []), points)
+    layered = alt.layer(lines, *([bars] if known else []), points, width=235, height=220)
     columns = [*fields(_TOOLTIP), "x", "curve", "alpha_i_lo", "alpha_i_hi", "alpha_i_interval"]
     picks = dropdowns(table, {"draft": "draft's streams", "sc_prec": "sc_prec (bits)"})
-    chart = panels(layered, cells, records(table[columns], decimals=6), 235, 220)
-    chart = legend_above(picked(chart.add_params(*picks.values()), picks))
     about = f"Acceptance alpha_i by position in the block and stream length, {subject(cells)}, a panel per gamma"
-    return chart.properties(description=about)
+    properties = {"config": legend_above(), "description": about, **picked(picks)}
+    return panels(layered, cells, records(table[columns], decimals=6), **properties)

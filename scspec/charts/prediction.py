@@ -25,9 +25,9 @@ def prediction_chart(cells: pd.DataFrame) -> alt.FacetChart:
     bars = base.transform_filter(alt.datum.tau_interval != NO_INTERVAL).mark_rule(strokeWidth=2)
     bars = bars.encode(y=alt.Y("tau_lo:Q", scale=scale), y2="tau_hi:Q")
     known = (table["tau_interval"] != NO_INTERVAL).any()
-    layered = alt.layer(diagonal, *([bars] if known else []), points)
+    layered = alt.layer(diagonal, *([bars] if known else []), points, width=220, height=220)
     columns = sorted({*TOOLTIP_FIELDS, "draft", "ceiling", "tau_interval", "tau_lo", "tau_hi"})
-    chart = panels(layered, cells, records(table[columns]), 220, 220)
-    chart = legend_above(chart.resolve_scale(x="independent", y="independent"))
     about = f"Measured tau against tau predicted from alpha, {subject(cells)}, a panel per gamma"
-    return chart.properties(description=about)
+    resolve = alt.Resolve(scale=alt.ScaleResolveMap(x="independent", y="independent"))
+    properties = {"resolve": resolve, "config": legend_above(), "description": about}
+    return panels(layered, cells, records(table[columns]), **properties)

@@ -32,6 +32,6 @@ def quality_chart(cells: pd.DataFrame) -> alt.LayerChart:
     points = points.encode(opacity=faded(pick)).add_params(pick)
     labels = alt.Chart().mark_text(dy=-12, fontSize=10).encode(x=x, y="max(alpha):Q", text="target_stoc_len:N")
     columns = sorted({*TOOLTIP_FIELDS, "draft", "quality_loss", "perplexity_ratio", *_QUALITY})
-    chart = alt.layer(points, labels, data=alt.InlineData(values=records(table[columns])))
-    chart = legend_above(chart.properties(width=520, height=260))
-    return chart.properties(description=f"Acceptance alpha against the target's quality, {subject(cells)}")
+    about = f"Acceptance alpha against the target's quality, {subject(cells)}"
+    properties = {"width": 520, "height": 260, "config": legend_above(), "description": about}
+    return alt.layer(points, labels, data=alt.InlineData(values=records(table[columns])), **properties)
