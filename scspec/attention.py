@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from scspec.families import head_dim
 from scspec.invariant import cpu as invariant
 from scspec.sc.attention import sc_attention
 from scspec.sc.cpu_attention import EncodedKV, attend
@@ -27,7 +28,7 @@ class CausalAttention:
     """
 
     def __init__(self, config, knobs, device: torch.device):
-        self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
+        self.kv_heads, self.head_dim = config.num_key_value_heads, head_dim(config)
         self.knobs, self.device = knobs, device
 
     @property

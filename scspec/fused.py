@@ -1,4 +1,4 @@
-"""The forward of a patched Llama on a GPU: a fixed list of kernel launches, replayed as a CUDA graph.
+"""The forward of a patched model on a GPU: a fixed list of kernel launches, replayed as a CUDA graph.
 
 A few launches a layer over the weights that the leaves of the module tree hold; nothing waits for the device. All
 positions come from a tensor on the device, so one graph serves a cache at every length. A shape that is seen for the
@@ -158,16 +158,24 @@ def _attention(module, x: torch.Tensor, store, start, cos, sin) -> torch.Tensor:
     attention = module.scspec_attention
     attention.check_store(store)
     batch, steps, depth = x.shape
-    qkv = _product(module.q_proj.shared, x.view(-1, depth)).view(batch, steps, -1)
     head_dim, kv_heads = attention.head_dim, attention.kv_heads
-    heads = module.q_proj.out_features // head_dim
+    qkv = _product(module.q_proj.shared, x.view(-1, depth)).view(batch, steps, -1, head_dim)
+    sizes = [qkv.shape[2] - 2 * kv_heads, kv_heads, kv_heads]
+    if hasattr(module, "q_norm"):
+        qkv = _with_normed_heads(module, *qkv.split(sizes, dim=2))
     if isinstance(store, RowKV):
-        query, key, value = qkv.view(batch, steps, -1, head_dim).split([heads, kv_heads, kv_heads], dim=2)
+        query, key, value = qkv.split(sizes, dim=2)
         query, key = (invariant.rotary(part, cos, sin, start) for part in (query, key))
         write_rows(key, value, store, start)
     else:
-        query = triton_kv.rotate_and_write(qkv, cos, sin, store, start, heads)
+        query = triton_kv.rotate_and_write(qkv.flatten(2), cos, sin, store, start, sizes[0])
     return attend_rows(query, store, start, module.scaling, attention.knobs).view(batch * steps, -1)
+
+
+def _with_normed_heads(module, query, key, value) -> torch.Tensor:
+    """Return q, k and v side by side, (B, T, H + 2 H_kv, head_dim), each head of q and k normed (Qwen3)."""
+    normed = (_norm(norm, x.flatten(0, 2)).view(x.shape) for norm, x in ((module.q_norm, query), (module.k_norm, key)))
+    return torch.cat([*normed, value], dim=2)
 
 
 def _product(shared: SharedInput, x: torch.Tensor, finish: int = STORE, addend: torch.Tensor | None = None):

@@ -1,9 +1,10 @@
-"""The forward of a patched Llama on the CPU: one compiled call a decoder layer.
+"""The forward of a patched model on the CPU: one compiled call a decoder layer.
 
 The kernels and their bits are those of the module tree; what is saved is the walk through it: between two kernels it
 took longer than a draft step's norms, rotary, activation and encoding together.
 
-Not covered: the scopes and modes that `fits` refuses; they run through the module tree.
+Not covered: biases, norms of queries and keys, and the scopes and modes that `fits` refuses; they run through the
+module tree.
 """
 
 import numba as nb
@@ -21,14 +22,16 @@ from scspec.sc.streams import StreamSpec
 
 
 def fits(model) -> bool:
-    """Return whether the present knobs of a patched model allow the fused forward."""
-    attention = model.model.layers[0].self_attn
+    """Return whether parts and present knobs of a patched model allow the fused forward."""
+    attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+    linears = attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj
     return (
         model.sc_knobs.backend == cpu.NAME
         and model.sc_knobs.batch_invariant
         and attention.scspec_attention.path == SC_CAUSAL
         and attention.q_proj.shared.will_join
-        and not (model.config.attention_bias or model.config.mlp_bias)
+        and all(linear.bias is None for linear in linears)
+        and not hasattr(attention, "q_norm")
     )
 
 

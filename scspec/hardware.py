@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from scspec.families import head_dim
 from scspec.sc.knobs import SC_CONFIG_DEFAULTS, deciding_patterns, stream_spec
 from scspec.sc.streams import StreamSpec
 
@@ -30,11 +31,11 @@ def module_macs(config, context_tokens: int = CONTEXT_TOKENS) -> dict[str, int]:
     """Return the MACs of one token by module, under the names that Hugging Face gives modules.
 
     "model.layers.3.self_attn" stands for both products of that layer's attention, over `context_tokens` positions.
-    config: a Llama configuration; where layers were skipped, it counts and numbers those that remain.
+    config: of a modelled family; where layers were skipped, it counts and numbers those that remain.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
-    query = config.num_attention_heads * config.head_dim
-    key_value = config.num_key_value_heads * config.head_dim
+    query = config.num_attention_heads * head_dim(config)
+    key_value = config.num_key_value_heads * head_dim(config)
     layer = {
         "self_attn.q_proj": hidden * query,
         "self_attn.k_proj": hidden * key_value,

@@ -3,7 +3,7 @@
 Linear -> SCLinear, RMSNorm / SiLU / rotary -> batch-invariant ones, attention -> ours through transformers' attention
 interface. The knobs live on `model.config`. Nothing of another instance, even of the same class, changes.
 
-Not covered: where weights come from (`models`). Other model families than Llama's are refused.
+Not covered: where weights come from (`models`). Models of no family in `families` are refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from scspec import fused_cpu
 from scspec.attention import CausalAttention
 from scspec.decoding.cache import KVCache
+from scspec.families import FAMILIES, Family, check_config
 from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU
 from scspec.sc.knobs import SC_CONFIG_DEFAULTS, check_knobs, deciding_patterns, frozen_modules, resolve_knobs
 from scspec.sc.linear import SCLinear, SharedInput
@@ -26,7 +27,6 @@ from scspec.sc.matmul import GPU_BACKENDS, resolve_backend
 Placement = torch.device | str | Sequence[torch.device | str]
 _ATTENTION_NAME = "scspec"
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ROPE_TYPES = ("default", "linear", "llama3")
 #: Linears of a decoder layer that read one tensor.
 _SHARED_INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
@@ -76,10 +76,10 @@ def patch_model(
     _hand_out(model, knobs)
     model.forward = MethodType(_forward, model)
     model.new_kv_cache = MethodType(_new_kv_cache, model)
-    llama = model.model
-    for part in (llama.embed_tokens, llama.rotary_emb):
+    decoder = model.model
+    for part in (decoder.embed_tokens, decoder.rotary_emb):
         _settle(part, devices[0], dtype, keep_float_weights)
-    for part, device in zip((*llama.layers, llama.norm, model.lm_head), (*devices, *devices[-1:] * 2), strict=True):
+    for part, device in zip((*decoder.layers, decoder.norm, model.lm_head), (*devices, *devices[-1:] * 2), strict=True):
         _settle(part, device, dtype, keep_float_weights)
         if spread:
             part.forward = partial(_on_device, part.forward, device)
@@ -190,26 +190,25 @@ def _settle(part: nn.Module, device: torch.device, dtype: torch.dtype, keep_floa
 
 
 def _check_supported(model: PreTrainedModel) -> None:
-    config = model.config
-    name = type(model).__name__
-    if config.model_type != "llama" or not hasattr(model, "lm_head"):
-        raise ValueError(f"model class {name}: only Llama-architecture causal LMs are modelled (LlamaForCausalLM)")
-    if getattr(config, "_attn_implementation", None) == _ATTENTION_NAME:
-        raise ValueError(f"model {name}: already patched; change the knobs on model.config instead")
-    rope = config.rope_parameters["rope_type"]
-    if rope not in _ROPE_TYPES:
-        raise ValueError(f"rope_type={rope!r}: modelled are {', '.join(_ROPE_TYPES)}")
-    if config.hidden_act != "silu":
-        raise ValueError(f"hidden_act={config.hidden_act!r}: modelled is 'silu'")
-    for feature in ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "attention_chunk_size"):
-        if getattr(config, feature, None):
-            raise ValueError(f"{feature}={getattr(config, feature)!r}: this model feature is not modelled")
+    name = f"model class {type(model).__name__}"
+    check_config(name, model.config)
+    if not hasattr(model, "lm_head"):
+        raise ValueError(f"{name}: has no LM head; modelled is {FAMILIES[model.config.model_type].causal_lm}")
+    if getattr(model.config, "_attn_implementation", None) == _ATTENTION_NAME:
+        raise ValueError(f"{name}: already patched; change the knobs on model.config instead")
+    for path, module in model.named_modules():
+        own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+        if own and list(module.children()):  # such as attention sinks, which our attention would leave out
+            raise ValueError(
+                f"{name}: parameter {path}.{own[0]} is not modelled; modelled are linears, norms and embeddings"
+            )
 
 
 def _replace_leaves(model: PreTrainedModel) -> None:
     """Replace the leaves; SCLinears that read the same tensor work together. Raises ValueError for one unknown."""
+    family = FAMILIES[model.config.model_type]
     for path, module in list(model.named_modules()):
-        new = _replacement(path, module, model.sc_knobs)
+        new = _replacement(path, module, model.sc_knobs, family)
         if new is not None:
             model.set_submodule(path, new)
     known = (SCLinear, InvariantRMSNorm, InvariantSiLU, InvariantRotary, nn.Embedding)
@@ -222,15 +221,15 @@ def _replace_leaves(model: PreTrainedModel) -> None:
             SharedInput.join([layer.get_submodule(name) for name in names])
 
 
-def _replacement(path: str, module: nn.Module, knobs) -> nn.Module | None:
+def _replacement(path: str, module: nn.Module, knobs, family: Family) -> nn.Module | None:
     if isinstance(module, nn.Linear):
         return SCLinear(module, knobs, "sc_lm_head" if path == "lm_head" else "use_sc_linear")
     if not knobs.batch_invariant:
         return None
     kind = type(module).__name__
-    if kind == "LlamaRMSNorm":
+    if kind == family.norm:
         return InvariantRMSNorm(module.weight, module.variance_epsilon)
-    if kind == "LlamaRotaryEmbedding":
+    if kind == family.rotary:
         return InvariantRotary(module.inv_freq, module.attention_scaling, module.max_seq_len_cached)
     if path.endswith(".act_fn"):
         return InvariantSiLU()

@@ -1,16 +1,24 @@
-"""A tiny random Llama model: two layers, grouped-query attention, logits that vary with context; cells of it."""
+"""A tiny random model: three layers, grouped-query attention, logits that vary with context; cells of it."""
 
 import json
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from scspec.cells import expand
 from scspec.config import load_experiment
 from scspec.jobs import Cell
 
+#: By family, what its tiny configuration has besides. Qwen2's has no `head_dim`: that follows from the hidden size.
+FAMILIES = {
+    "llama": {"head_dim": 12},
+    "mistral": {"head_dim": 12, "sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 12},
+}
 
-def tiny_config(**changed) -> LlamaConfig:
+
+def tiny_config(family: str = "llama", **changed) -> PreTrainedConfig:
     values = {
         "vocab_size": 61,
         "hidden_size": 40,
@@ -18,17 +26,20 @@ def tiny_config(**changed) -> LlamaConfig:
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 12,
         "max_position_embeddings": 512,
         "tie_word_embeddings": False,
     }
-    return LlamaConfig(**{**values, **changed})
+    return AutoConfig.for_model(family, **{**values, **FAMILIES[family], **changed})
 
 
-def tiny_model(seed: int = 0, **changed) -> LlamaForCausalLM:
-    """Return the float model; weights large enough that a token's logits depend on what came before."""
+def tiny_model(seed: int = 0, **changed) -> PreTrainedModel:
+    """Return the float model; weights large enough that a token's logits depend on what came before.
+
+    changed: as of `tiny_config`, the family among them.
+    """
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(**changed)).eval()
+    config = tiny_config(**changed)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -54,7 +65,7 @@ def save_tiny_model(folder, seed: int = 0, **changed):
         "{% if add_generation_prompt %}<bot>{% endif %}"
     )
     tokenizer.save_pretrained(folder)
-    model = tiny_model(seed, vocab_size=len(vocab), eos_token_id=1, **changed)
+    model = tiny_model(seed, **{"vocab_size": len(vocab), "eos_token_id": 1, **changed})
     model.save_pretrained(folder)
     return folder
 
