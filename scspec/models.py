@@ -5,21 +5,33 @@ A model name is an alias (`aliases`: a file pinned by hash), a local folder, or 
 """
 
 import json
+from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from scspec.aliases import ALIASES, fetch_alias
+from scspec.families import check_config, check_stored_config
 from scspec.patching import Placement, check_dtype, layer_devices, model_backend, patch_model, resolve_devices
 from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
 from scspec.sc.matmul import backend_module
 
-#: What a model is made of: configuration, weights, and whatever a tokenizer may be saved as.
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "merges.txt", "vocab.txt", "tokenizer*")
+#: Whatever a tokenizer may be saved as.
+_TOKENIZER_FILES = ("*.model", "merges.txt", "vocab.txt", "tokenizer*")
+#: What a model is made of.
+_FILES = ("*.json", "*.safetensors", "*.jinja", *_TOKENIZER_FILES)
 
 #: As the header of a safetensors file names them.
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -29,10 +41,12 @@ def fetch_model(name: str) -> dict:
     """Return the manifest of model `name`, fetching it first where it is not here yet.
 
     Keys: name, source, sha256 (of an alias the GGUF file's, else {file: of the file}, tokenizer included), note. Raises
-    ValueError for a name that is neither alias, folder nor a reachable Hugging Face id, and for a hash mismatch.
+    ValueError for a name that is neither alias, folder nor a reachable Hugging Face id, for a hash mismatch, and for a
+    model that is not modelled, of which nothing but its configuration is fetched.
     """
     if name in ALIASES:
         return json.loads((fetch_alias(name) / "manifest.json").read_text())
+    model_config(name)
     folder = local_folder(name)
     _weight_files(name, folder)
     files = {file.name: file for pattern in _FILES for file in folder.glob(pattern) if file.is_file()}
@@ -40,14 +54,14 @@ def fetch_model(name: str) -> dict:
     return {"name": name, "source": "folder" if Path(name).is_dir() else "Hugging Face", "sha256": digest, "note": ""}
 
 
-def local_folder(name: str) -> Path:
-    """Return the folder of model `name`, weights and tokenizer and all, fetched if need be.
+def local_folder(name: str, files: Sequence[str] = _FILES) -> Path:
+    """Return the folder of model `name`, fetched if need be: weights and tokenizer and all, or only those `files`.
 
     With HF_HUB_OFFLINE=1 nothing asks the hub. Raises ValueError where the model is not to be had.
     """
     if name in ALIASES:
         return fetch_alias(name)
-    return Path(name) if Path(name).is_dir() else _fetch_from_hub(name)
+    return Path(name) if Path(name).is_dir() else _fetch_from_hub(name, files)
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:
@@ -57,18 +71,56 @@ def _weight_files(name: str, folder: Path) -> list[Path]:
     return files
 
 
-def _fetch_from_hub(name: str) -> Path:
+def _fetch_from_hub(name: str, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model {name!r}: not an alias ({', '.join(ALIASES)}), not a folder, "
             f"and not to be had from Hugging Face: {reason}"
         ) from error
+
+
+def model_config(name: str) -> PreTrainedConfig:
+    """Return the configuration of model `name`; of a model that is not here yet, nothing else is fetched.
+
+    Raises ValueError for one that is missing or broken, or of a model that is not modelled (`families`).
+    """
+    from huggingface_hub.errors import StrictDataclassError
+
+    folder = local_folder(name, ("config.json",))
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"model {name!r}: no config.json in it") from None
+    except ValueError as error:
+        raise ValueError(f"model {name!r}: config.json is no JSON: {error}") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"model {name!r}: config.json holds no object, but {type(stored).__name__}")
+    check_stored_config(f"model {name!r}", stored)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ValueError(f"model {name!r}: config.json: {' '.join(str(error).split())}") from error
+    check_config(f"model {name!r}", config)
+    return config
+
+
+def vocabulary_size(name: str) -> int:
+    """Return how many ids of model `name` are tokens: less than `vocab_size` where it has more logits than tokens.
+
+    Many models pad their vocabulary to a round number. A folder without a tokenizer does not tell: then it is
+    `vocab_size`. Raises ValueError as `model_config`.
+    """
+    size = model_config(name).vocab_size
+    folder = local_folder(name)
+    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        return size
+    return min(size, max(load_tokenizer(name).get_vocab().values()) + 1)
 
 
 def load_model(
@@ -85,19 +137,23 @@ def load_model(
 
     name: alias, folder or Hugging Face id.  device: "cpu" (float32) or "cuda" (float32, float16, bfloat16), or several
     GPUs, over which the layers are spread.  backend: of every SC matmul, None for the device's default.  sc_overrides:
-    knobs or a preset (`sc.knobs`).  skip_layers: decoder layers left out, counted from 0.
+    knobs or a preset (`sc.knobs`).  skip_layers: decoder layers left out, counted from 0.  Ids that the tokenizer does
+    not have are left out of embeddings and LM head, so that they are never proposed, chosen or counted.
     The files are mapped, not read: each layer's weights come to memory when they are packed, and go again. Raises
     ValueError, before loading weights where an argument is at fault, else if the files do not hold the model's weights.
     """
     check_placement(device, dtype, backend)
     resolve_knobs(sc_overrides)
-    layers = AutoConfig.from_pretrained(local_folder(name)).num_hidden_layers
+    layers = model_config(name).num_hidden_layers
     wrong = [index for index in skip_layers if not 0 <= index < layers]
     if wrong or len(set(skip_layers)) >= layers:
         raise ValueError(f"skip_layers={list(skip_layers)}: {name} has layers 0..{layers - 1}, and one must remain")
     layer_devices(layers - len(set(skip_layers)), resolve_devices(device))
+    tokens = vocabulary_size(name)
     model = _mapped_model(name)
     _skip_layers(model, set(skip_layers))
+    if tokens < model.config.vocab_size:
+        _drop_padding(model, tokens)
     where = {"device": device, "dtype": dtype, "backend": backend}
     return patch_model(model, sc_overrides, **where, keep_float_weights=keep_float_weights)
 
@@ -106,8 +162,8 @@ def _mapped_model(name: str) -> PreTrainedModel:
     """Return the float model in the dtype of its files: then transformers maps them to memory, and reads nothing."""
     folder = local_folder(name)
     options = {"attn_implementation": "eager", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    dtype = _stored_dtype(name, folder)
-    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+    options |= {"dtype": _stored_dtype(name, folder), "use_safetensors": True, "trust_remote_code": False}
+    model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
     for fault in ("missing", "unexpected", "mismatched"):
         for key in sorted(map(str, found[f"{fault}_keys"])):
             raise ValueError(f"model {name!r}: {fault} in its *.safetensors: {key}")
@@ -136,13 +192,22 @@ def check_placement(device: Placement, dtype: torch.dtype, backend: str | None) 
 
 def _skip_layers(model: PreTrainedModel, skipped: set[int]) -> None:
     kept = [layer for index, layer in enumerate(model.model.layers) if index not in skipped]
-    model.model.layers = torch.nn.ModuleList(kept)
+    model.model.layers = nn.ModuleList(kept)
     model.config.num_hidden_layers = len(kept)
+
+
+def _drop_padding(model: PreTrainedModel, tokens: int) -> None:
+    """Leave out the rows of embeddings and LM head from id `tokens` on; tied ones stay tied."""
+    embeddings, head = model.model.embed_tokens.weight, model.lm_head.weight
+    model.model.embed_tokens = nn.Embedding.from_pretrained(embeddings[:tokens])
+    tied = head is embeddings
+    model.lm_head.weight = model.model.embed_tokens.weight if tied else nn.Parameter(head[:tokens])
+    model.lm_head.out_features = model.config.vocab_size = tokens
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of model `name`."""
-    return AutoTokenizer.from_pretrained(local_folder(name))
+    return AutoTokenizer.from_pretrained(local_folder(name), trust_remote_code=False)
 
 
 def load_spec_models(
@@ -170,17 +235,18 @@ def load_spec_models(
 
 def context_limit(name: str) -> int:
     """Return how many positions model `name` has."""
-    return AutoConfig.from_pretrained(local_folder(name)).max_position_embeddings
+    return model_config(name).max_position_embeddings
 
 
 def check_vocabularies(target_model: str, draft_model: str) -> None:
-    """Raise ValueError if the two models' tokens do not mean the same, or one vocabulary is padded."""
+    """Raise ValueError if the two models' tokens do not mean the same; logits that are no token's may differ."""
     if target_model == draft_model:
         return
-    sizes = [AutoConfig.from_pretrained(local_folder(name)).vocab_size for name in (target_model, draft_model)]
+    sizes = [vocabulary_size(name) for name in (target_model, draft_model)]
     tokens = [load_tokenizer(name).get_vocab() for name in (target_model, draft_model)]
     if sizes[0] != sizes[1] or tokens[0] != tokens[1]:
         raise ValueError(
             f"draft {draft_model!r} and target {target_model!r}: their vocabularies differ ({sizes[1]} and {sizes[0]} "
-            f"logits, {len(tokens[1])} and {len(tokens[0])} tokens); speculative decoding needs the same tokens"
+            f"tokens with a logit, {len(tokens[1])} and {len(tokens[0])} tokens); speculative decoding needs the same "
+            f"tokens"
         )

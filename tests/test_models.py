@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import save_tiny_model
+from tiny import save_tiny_model, tiny_config
 
 from scspec import aliases, models
 from scspec.aliases import ALIASES
@@ -82,6 +82,7 @@ def test_a_failed_download_is_one_line(monkeypatch, tmp_path):
 
 
 def test_a_folder_without_safetensors_is_refused(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no \*\.safetensors"):
         fetch_model(str(tmp_path))
@@ -142,9 +143,12 @@ def test_cards_that_will_do(monkeypatch):
 
 
 def test_different_vocabularies_are_refused_before_weights_are_loaded(folder, tmp_path, monkeypatch):
+    """As many tokens, two of them exchanged."""
     other = save_tiny_model(tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + 3}))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="vocabularies differ"):
         load_spec_models(folder, str(other))
