@@ -16,6 +16,7 @@ RULES = [
     ("decoding/*.py", {"scspec.sc", "scspec.invariant", "scspec.config", "scspec.cells", "transformers", "altair"}),
     ("aliases.py", {"torch", "transformers"}),
     ("config.py", {"torch", "transformers"}),
+    ("families.py", {"torch", "transformers"}),
     ("cells.py", {"torch", "transformers"}),
     ("jobs.py", {"torch", "transformers", "scspec.cells"}),
     ("prompts.py", {"torch", "transformers"}),
