@@ -173,11 +173,16 @@ def context_limit(name: str) -> int:
     return AutoConfig.from_pretrained(local_folder(name)).max_position_embeddings
 
 
+def vocabulary_size(name: str) -> int:
+    """Return how many token ids model `name` knows, 0 and upwards: its logits, padding included."""
+    return AutoConfig.from_pretrained(local_folder(name)).vocab_size
+
+
 def check_vocabularies(target_model: str, draft_model: str) -> None:
     """Raise ValueError if the two models' tokens do not mean the same, or one vocabulary is padded."""
     if target_model == draft_model:
         return
-    sizes = [AutoConfig.from_pretrained(local_folder(name)).vocab_size for name in (target_model, draft_model)]
+    sizes = [vocabulary_size(name) for name in (target_model, draft_model)]
     tokens = [load_tokenizer(name).get_vocab() for name in (target_model, draft_model)]
     if sizes[0] != sizes[1] or tokens[0] != tokens[1]:
         raise ValueError(

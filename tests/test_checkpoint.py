@@ -163,7 +163,7 @@ OTHER_RUNS = {
     "device": lambda patch: patch.setattr(provenance, "device_name", lambda device: "another"),
     "models.target.sha256.model.safetensors": lambda patch: patch.setattr(task, "fetch_model", manifest_of),
     "schema_version": lambda patch: patch.setattr(task, "SCHEMA_VERSION", 0),
-    "first_turns": lambda patch: patch.setattr(task, "encode_turn", lambda *_: [1, 2]),
+    "first_turns": lambda patch: patch.setattr(task, "turn_ids", lambda *_: [1, 2]),
 }
 
 
