@@ -185,6 +185,15 @@ def test_another_cell_starts_afresh(cells, one_saved, monkeypatch, capsys):
     assert "this run differs in cell.gamma\n" in capsys.readouterr().err
 
 
+def test_a_budget_or_a_system_text_more_starts_afresh(cells, one_saved, tmp_path, monkeypatch, capsys):
+    """They are in the prompt file's hash; of a budget the first turns say nothing."""
+    file = str(tmp_path / "prompts.jsonl")
+    Path(file).write_text("".join(json.dumps({**prompt, "max_new_tokens": 2}) + "\n" for prompt in PROMPTS))
+    cell = dataclasses.replace(cells["sc_sc"], prompt_file=file, prompt_sha256=sha256_of(file))
+    assert pending(cell, one_saved, monkeypatch) == ["0", "1", "2", "3", "4"]
+    assert "this run differs in cell.prompt_file, cell.prompt_sha256\n" in capsys.readouterr().err
+
+
 def resumed(output: Path, key: dict = KEY) -> Checkpoint:
     checkpoint = Checkpoint(output)
     checkpoint.resume(key)
