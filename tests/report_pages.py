@@ -121,6 +121,11 @@ def page_of(folder, rows, **metadata):
 
 
 def prompt_file(folder, text, ids=("p00",)):
+    return file_of([f'{{"id": "{name}", "turns": ["{text}", "another turn"]}}' for name in ids], folder)
+
+
+def file_of(lines, folder):
+    """Write a prompt file to the folder; return what a cell's metadata say of it."""
     path = folder / "prompts.jsonl"
-    path.write_text("".join(f'{{"id": "{name}", "turns": ["{text}", "another turn"]}}\n' for name in ids))
+    path.write_text("".join(f"{line}\n" for line in lines))
     return {"file": str(path), "sha256": sha256_of(path), "token_ids_sha256": ""}
