@@ -5,6 +5,7 @@ What a row may say: `test_prompt_rows.py`.
 
 import gzip
 import hashlib
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -67,6 +68,12 @@ def test_smoke_has_four_short_prompts_of_its_own():
 
 
 # ---- files
+
+
+def test_the_examples_of_the_formats_documentation_are_understood(tmp_path):
+    examples = re.findall(r"```json\n(.*?)```", (PROMPT_DIR / "README.md").read_text(), re.DOTALL)
+    found = load_prompts(write(tmp_path, "".join(examples).encode()))
+    assert [prompt.prompt_id for prompt in found] == ["maths-1", "1", "2", "3"]
 
 
 def test_only_newlines_end_a_row(tmp_path):
