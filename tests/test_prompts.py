@@ -107,7 +107,7 @@ NOT_WHOLE = {
     "not gzip": GOOD,
     "more behind": WHOLE + b"more",
     "checksum": WHOLE[:-8] + bytes(4) + WHOLE[-4:],
-    "bits": WHOLE[:12] + bytes(len(WHOLE) - 20) + WHOLE[-8:],
+    "no such block": WHOLE[:10] + b"\xff" * 20,
     **{f"torn at {end}": WHOLE[:end] for end in range(1, len(WHOLE))},
 }
 
