@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from scspec.models import load_tokenizer, local_folder
-from scspec.prompts import encode_turn, load_prompts
+from scspec.prompts import load_prompts, turn_ids
 
 GAMMAS = range(1, 9)
 
@@ -25,7 +25,7 @@ def continuations(model, tokenizer, new_tokens: int) -> list[tuple[torch.Tensor,
     """Return (token ids (1, T), length of the prompt) of the target's greedy texts."""
     texts = []
     for prompt in load_prompts("prompts/calibration.jsonl"):
-        ids = torch.tensor([encode_turn(tokenizer, [], prompt.turns[0])])
+        ids = torch.tensor([turn_ids(tokenizer, prompt)])
         text = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False)
         texts.append((text, ids.shape[1]))
     return texts

@@ -22,7 +22,7 @@ from scspec.config import load_experiment, read_config
 from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_tokens
 from scspec.jobs import Cell
 from scspec.models import load_model, load_tokenizer
-from scspec.prompts import encode_turn, load_prompts
+from scspec.prompts import load_prompts, turn_ids
 from scspec.replay import replay_cell, run_predictions, run_trajectory, teacher_forced
 from scspec.results import read_cell
 from scspec.run import run_cell
@@ -45,7 +45,7 @@ def plain_and_teacher_forced_s(cell: Cell) -> tuple[float, float]:
     """Return the seconds of one plain decode of the prompts and of one teacher-forced draft pass over the texts."""
     target, draft = (load_model(side.model, sc_overrides=side.sc) for side in (cell.target, cell.draft))
     tokenizer = load_tokenizer(cell.target.model)
-    prompts = [encode_turn(tokenizer, [], its.turns[0]) for its in load_prompts(cell.prompt_file)[: cell.prompt_limit]]
+    prompts = [turn_ids(tokenizer, its) for its in load_prompts(cell.prompt_file)[: cell.prompt_limit]]
     capacity = max(map(len, prompts)) + cell.max_new_tokens
     scorers = [CachedScorer(model, capacity) for model in (target, draft)]
     options = {"sampling": SamplingConfig(), "draws": Draws(0), "max_new_tokens": cell.max_new_tokens}

@@ -5,7 +5,7 @@ config -> cells -> (prompts, models -> patching) -> decoding (over sc + invarian
 
     config, cells        YAML -> Experiment -> the jobs there are
     jobs                 what a job is: a line of JSON, a Parquet file, the models it needs
-    prompts              prompt files -> token ids
+    prompts, prompt_rows prompt files -> what each row says -> token ids
     models, aliases,     where weights come from; the int8 weights of the draft in drafts/;
     conversion, int8,    and one model instance rewired to SC
     patching

@@ -16,7 +16,8 @@ from typing import Any
 
 from scspec.config import LOOP, REPLAY, Experiment, Pair, Sampling, SideConfig
 from scspec.jobs import AUDIT_ARM, GRID_ARM, PAST_END_STEP, Cell, Quality, Side, manifest_name
-from scspec.provenance import sha256_of
+from scspec.prompts import load_prompts
+from scspec.provenance import sha256_of_setting
 from scspec.sc.knobs import resolve_knobs
 
 RESEED_OFFSET = 1000  # independent noise, as in the arm `reseed`: the draft's sc_seed is the target's plus this
@@ -49,9 +50,11 @@ def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
     """Return the cells of an experiment, the grid of each pair before its controls, and what cannot exist.
 
     A replayed experiment has one more, the audit: one of them, as a loop. Combinations that resolve to the same run of
-    the same arm are one cell. Raises `FileNotFoundError` if there is no such prompt file.
+    the same arm are one cell. Raises `FileNotFoundError` if the prompt file cannot be read, and `ValueError` for the
+    first row of it that is not understood.
     """
-    prompt_sha256 = _sha256(experiment.prompt_file, "prompt_file", "the path of a prompt file")
+    prompt_sha256 = sha256_of_setting(experiment.prompt_file, "prompt_file")
+    load_prompts(experiment.prompt_file)  # else each of the cells would find the fault, once it has been submitted
     cells: dict[Cell, None] = {}
     invalid: dict[Invalid, None] = {}
     for pair, (arm, points, gammas) in product(experiment.pairs, _arms(experiment)):
@@ -71,10 +74,10 @@ def expand(experiment: Experiment) -> tuple[list[Cell], list[Invalid]]:
 def qualities(experiment: Experiment, cells: Iterable[Cell]) -> dict[str, Quality]:
     """Return {cell id: what to measure of its target}, for each cell whose target is in SC; one text for all.
 
-    Raises `FileNotFoundError` if there is no such text file.
+    Raises `FileNotFoundError` if the text file cannot be read.
     """
     text_file = experiment.quality.text_file
-    text_sha256 = text_file and _sha256(text_file, "quality.text_file", "the path of a text file")
+    text_sha256 = text_file and sha256_of_setting(text_file, "quality.text_file")
     found = {}
     for cell in cells if experiment.quality.enabled else ():
         if cell.target.sc is not None:
@@ -124,14 +127,6 @@ def _audit(cells: Iterable[Cell]) -> Cell:
     drawn = min(cells, key=lambda cell: (cell.arm != GRID_ARM, cell.digest()))
     stem = drawn.id.split("/")[2].removesuffix(_SUFFIX[REPLAY])
     return replace(drawn, id=f"{drawn.pair}/{AUDIT_ARM}/{stem}", arm=AUDIT_ARM, method=LOOP)
-
-
-def _sha256(path: str, where: str, allowed: str) -> str:
-    """Return the SHA-256 of a file's bytes. Raises `FileNotFoundError` that says where it was named."""
-    try:
-        return sha256_of(path)
-    except OSError as error:
-        raise FileNotFoundError(f"{where}: {path!r} cannot be read ({error.strerror}); allowed: {allowed}") from None
 
 
 def _arms(experiment: Experiment) -> Iterator[tuple[str, list[tuple[int, int]], tuple[int, ...]]]:

@@ -238,6 +238,11 @@ def context_limit(name: str) -> int:
     return model_config(name).max_position_embeddings
 
 
+def vocabulary_size(name: str) -> int:
+    """Return how many token ids model `name` knows, 0 and upwards: its logits, padding included."""
+    return AutoConfig.from_pretrained(local_folder(name)).vocab_size
+
+
 def check_vocabularies(target_model: str, draft_model: str) -> None:
     """Raise ValueError if the two models' tokens do not mean the same; logits that are no token's may differ."""
     if target_model == draft_model:

@@ -1,50 +1,45 @@
-"""Prompt files -> prompts -> token ids, with hashes of both ends.
+"""Prompt files -> prompts -> token ids, with a hash of the latter.
 
-A prompt file is JSONL in UTF-8, one object per line, in the shape of Spec-Bench and MT-bench
-(`prompts/README.md`). Reading is strict: a row that is not understood is an error that names its line, never
-a row that is skipped.
+A prompt file is JSONL or plain text, in UTF-8, gzipped or not (`prompts/README.md`). Reading is strict: a row that is
+not understood is an error that names its line, never a row that is skipped.
 
-Not covered: batching, truncation to a context length, and decoding token ids back to text. The tokenizer is
-passed in, so this module needs neither transformers nor torch.
+Not covered: what a row may say (`scspec.prompt_rows`), batching, truncation to a context length, and decoding token ids
+back to text. The tokenizer is passed in, so this module needs neither transformers nor torch.
 """
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ALLOWED_KEYS = ("question_id", "id", "category", "turns", "prompt")
-DEFAULT_CATEGORY = "uncategorised"
+from scspec.prompt_rows import DEFAULT_CATEGORY, Prompt, parse_row
+
 # The day that Llama 3.1's own template prints if it is told none; later templates print today's.
 TEMPLATE_DATE = "26 Jul 2024"
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt: its id, unique in its file; its category; the user's turns in order, at least one."""
-
-    prompt_id: str
-    category: str
-    turns: tuple[str, ...]
-
-
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """Return the prompts of a JSONL file, in file order.
+    """Return the prompts of a file, in file order; at least one.
 
-    A row has `question_id` or `id` (a non-empty string, or an integer, which becomes its decimal text),
-    optionally `category`, and either `turns` (a list of non-empty strings) or `prompt` (one string, one
-    turn).
+    A name that ends in `.txt` is plain text: each line that is not blank is a prompt, its id the number of the line,
+    counted from 1. Any other is JSONL, one `parse_row` a line. A name that ends in `.gz` is gzipped, and what stands
+    before that ending says which of the two it is.
 
-    Raises `FileNotFoundError` if there is no such file, and `ValueError` with one line that names the file,
-    the line number, what is wrong and what is allowed, for the first bad row.
+    Raises `FileNotFoundError` if there is no such file or it cannot be read, and `ValueError` with one line that names
+    the file, the line number, what is wrong and what is allowed, for the first bad row.
     """
+    lines = _read_lines(path)
+    if str(path).lower().removesuffix(".gz").endswith(".txt"):
+        texts = ((number, line.removesuffix("\r")) for number, line in enumerate(lines, start=1) if line.strip())
+        return [Prompt(str(number), DEFAULT_CATEGORY, (text,)) for number, text in texts]
     prompts: list[Prompt] = []
     line_of: dict[str, int] = {}
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
-            prompt = _parse_prompt(line)
+            prompt = parse_row(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
         earlier = line_of.setdefault(prompt.prompt_id, number)
@@ -53,6 +48,21 @@ def load_prompts(path: str | Path) -> list[Prompt]:
             raise ValueError(f"{path}, line {number}: {wrong}; allowed: each id once")
         prompts.append(prompt)
     return prompts
+
+
+def turn_ids(tokenizer: Any, prompt: Prompt, replies: Sequence[str] = ()) -> list[int]:
+    """Return the token ids the model continues from in a prompt's next turn, as a flat list of Python ints.
+
+    `replies` are those to the turns before it, so none for the first. A turn of token ids is returned as it is; of a
+    text, the ids are `encode_turn`'s after all that was said before, and the same errors are raised.
+    """
+    turn = prompt.turns[len(replies)]
+    if not isinstance(turn, str):
+        return list(turn)
+    said = list(prompt.history)
+    for text, reply in zip(prompt.turns, replies, strict=False):  # turns without a reply are still to come
+        said += [("user", text), ("assistant", reply)]
+    return encode_turn(tokenizer, [{"role": role, "content": content} for role, content in said], turn)
 
 
 def encode_turn(
@@ -94,107 +104,38 @@ def token_ids_sha256(id_lists: Iterable[Iterable[int]]) -> str:
 
 
 def _read_lines(path: str | Path) -> list[str]:
-    """Return the lines of a UTF-8 file. Raises as `load_prompts` says: missing, empty or not UTF-8."""
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such prompt file; allowed: the path of a JSONL file") from None
-    if not data.strip():
-        raise ValueError(f"{path}, line 1: the file is empty; allowed: one JSON object per line")
+    """Return the lines of a UTF-8 file. Raises as `load_prompts` says: unreadable, empty or not UTF-8."""
+    data = _read_bytes(path)
     if data.startswith(b"\xef\xbb\xbf"):
         raise ValueError(f"{path}, line 1: starts with a byte order mark; allowed: UTF-8 without one")
+    wrong_at = data.find(0)  # UTF-8 would take it, and text in UTF-16 is full of it
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        number = data.count(b"\n", 0, error.start) + 1
-        bad = data[error.start]
-        raise ValueError(f"{path}, line {number}: wrong encoding, byte 0x{bad:02x}; allowed: UTF-8") from None
+        wrong_at = error.start
+    if wrong_at >= 0:
+        number = data.count(b"\n", 0, wrong_at) + 1
+        wrong = f"wrong encoding, byte 0x{data[wrong_at]:02x}"
+        raise ValueError(f"{path}, line {number}: {wrong}; allowed: UTF-8")
+    if not text.strip():
+        raise ValueError(f"{path}, line 1: the file is empty; allowed: one prompt or more")
     # Not splitlines(): U+2028 and its like end a line there, but may stand unescaped inside a JSON string.
     return text.removesuffix("\n").split("\n")
 
 
-def _parse_prompt(line: str) -> Prompt:
-    """Return the prompt of one line. Raises `ValueError` that says what is wrong and what is allowed."""
-    row = _parse_object(line)
-    unknown = sorted(set(row) - set(ALLOWED_KEYS))
-    if unknown:
-        raise ValueError(f"unknown keys {unknown}; allowed: {', '.join(ALLOWED_KEYS)}")
-    category = _text(row.get("category", DEFAULT_CATEGORY), "category")
-    return Prompt(_prompt_id(row), category, _turns(row))
-
-
-def _parse_object(line: str) -> dict[str, Any]:
-    """Return the JSON object of one line. Raises `ValueError` for anything else or a key given twice."""
-    if not line.strip():
-        raise ValueError("blank line; allowed: one JSON object per line")
+def _read_bytes(path: str | Path) -> bytes:
+    """Return a file's bytes, unpacked if its name ends in `.gz`."""
     try:
-        row = json.loads(line, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        where = f"{error.msg} at column {error.colno}"
-        raise ValueError(f"invalid JSON, {where}; allowed: one JSON object per line") from None
-    except RecursionError:
-        raise ValueError("invalid JSON, nested too deeply; allowed: one JSON object per line") from None
-    if not isinstance(row, dict):
-        raise _wrong_type("the row", row, "one JSON object per line")
-    return row
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs as a dict. Raises `ValueError` for a repeated key; `json` would keep the last."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = sorted({key for key in keys if keys.count(key) > 1})
-        raise ValueError(f"keys {repeated} given more than once; allowed: each key once")
-    return row
-
-
-def _prompt_id(row: dict[str, Any]) -> str:
-    """Return the id of a row; an integer id, which Spec-Bench and MT-bench use, becomes its decimal text."""
-    key = _one_key_of(row, "question_id", "id")
-    value = row[key]
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return _text(value, key, allowed="a non-empty string or an integer")
-
-
-def _turns(row: dict[str, Any]) -> tuple[str, ...]:
-    """Return the turns of a row, or its `prompt` as the only one."""
-    if _one_key_of(row, "turns", "prompt") == "prompt":
-        return (_text(row["prompt"], "prompt"),)
-    turns = row["turns"]
-    allowed = "a list of one or more non-empty strings"
-    if not isinstance(turns, list):
-        raise _wrong_type("'turns'", turns, allowed)
-    if not turns:
-        raise ValueError(f"'turns' is an empty list; allowed: {allowed}")
-    return tuple(_text(turn, f"turns[{index}]") for index, turn in enumerate(turns))
-
-
-def _one_key_of(row: dict[str, Any], first: str, second: str) -> str:
-    """Return which of two keys the row has. Raises `ValueError` if it has both or neither."""
-    if first in row and second in row:
-        raise ValueError(f"both '{first}' and '{second}'; allowed: exactly one of them")
-    if first not in row and second not in row:
-        raise ValueError(f"missing '{first}' (or '{second}'); allowed: exactly one of them")
-    return first if first in row else second
-
-
-def _text(value: Any, name: str, allowed: str = "a non-empty string") -> str:
-    """Return `value` if it is a string, not blank, that UTF-8 can write. Raises `ValueError` if not."""
-    if not isinstance(value, str):
-        raise _wrong_type(f"'{name}'", value, allowed)
-    if not value.strip():
-        raise ValueError(f"'{name}' is empty; allowed: {allowed}")
-    if any("\ud800" <= char <= "\udfff" for char in value):
-        raise ValueError(f"'{name}' holds half of a surrogate pair; allowed: valid Unicode text")
-    return value
-
-
-def _wrong_type(what: str, value: Any, allowed: str) -> ValueError:
-    """Return the error for a wrong type: a `ValueError`, as the file is at fault and not the call."""
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
-    return ValueError(f"{what} is a JSON {names.get(type(value), 'number')}; allowed: {allowed}")
+        data = Path(path).read_bytes()
+    except OSError as error:
+        allowed = "the path of a prompt file"
+        raise FileNotFoundError(f"{path}: cannot be read ({error.strerror}); allowed: {allowed}") from None
+    if not str(path).lower().endswith(".gz"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error}); allowed: gzip, as the name says") from None
 
 
 def _flat_ids(ids: Any) -> list[int]:

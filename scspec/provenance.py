@@ -90,3 +90,16 @@ def sha256_of(path: str | Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hex digits. Raises `FileNotFoundError` if it is missing."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_setting(path: str, setting: str) -> str:
+    """Return the SHA-256 of the file that a setting names.
+
+    Raises `FileNotFoundError` with one line, which says what setting it is, if the file cannot be read.
+    """
+    try:
+        return sha256_of(path)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else error
+        allowed = "the path of a file that can be read"
+        raise FileNotFoundError(f"{setting}: {path!r} cannot be read ({reason}); allowed: {allowed}") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 import numba
 import torch
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from scspec import provenance
@@ -15,10 +16,18 @@ from scspec.checkpoint import Checkpoint, FinishedPrompt
 from scspec.decoding import Block, CachedScorer, Conversation, Draws, SamplingConfig, Turn, decode_batch, key_from
 from scspec.hardware import cost_per_token, sc_mac_share
 from scspec.jobs import Cell, Side, Trajectory
-from scspec.models import check_placement, check_vocabularies, context_limit, fetch_model, load_model, load_tokenizer
+from scspec.models import (
+    check_placement,
+    check_vocabularies,
+    context_limit,
+    fetch_model,
+    load_model,
+    load_tokenizer,
+    vocabulary_size,
+)
 from scspec.patching import knobs_of
-from scspec.prompts import Prompt, encode_turn, load_prompts, token_ids_sha256
-from scspec.provenance import sha256_of
+from scspec.prompts import Prompt, load_prompts, token_ids_sha256, turn_ids
+from scspec.provenance import sha256_of_setting
 from scspec.results import SCHEMA_VERSION
 from scspec.sc.knobs import PRESETS, resolve_knobs
 
@@ -68,10 +77,7 @@ class Task:
         torch.set_num_threads(threads)
         numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
         tokenizer = load_tokenizer(spec.target.model)
-        limit = min(context_limit(side.model) for side in sides.values())
-        first_turns = [encode_turn(tokenizer, [], prompt.turns[0]) for prompt in prompts]
-        for prompt, ids in zip(prompts, first_turns, strict=True):
-            _check_length(spec, prompt, 0, len(ids), beyond, limit)
+        first_turns = _checked_first_turns(spec, sides, prompts, tokenizer, beyond)
         models = {name: _load(spec, side, gpus) for name, side in sides.items()}
         return cls(spec, sides, models, prompts, first_turns, tokenizer, beyond, checkpoint)
 
@@ -159,18 +165,18 @@ class Task:
         target = CachedScorer(self.models["target"], capacity, slots)
         draft = CachedScorer(self.models["draft"], capacity, slots) if gamma else None
         options = {"gamma": gamma, "sampling": SamplingConfig(**vars(self.spec.sampling))}
-        warm_up = self._warm_up(prompts[0], slots, gamma)
+        warm_up = self._warm_up(max(prompts, key=self._budget), slots, gamma)
         for _ in decode_batch(target, draft, warm_up, **options, eos_token_ids=frozenset()):
             pass
         conversations = [
             self._conversation(prompt, ids, past_end) for prompt, ids in zip(prompts, token_ids, strict=True)
         ]
         blocks = decode_batch(target, draft, conversations, **options, eos_token_ids=self.eos_token_ids)
-        total = sum(len(prompt.turns) for prompt in prompts) * self.spec.max_new_tokens
+        total = sum(len(prompt.turns) * self._budget(prompt) for prompt in prompts)
         with tqdm(total=total, unit="tok", desc=self.spec.id, file=sys.stderr, mininterval=1) as progress:
             for index, turn, block in blocks:
                 yield index, turn, block
-                left = self.spec.max_new_tokens - (block.start - len(token_ids[index][turn]))
+                left = self._budget(prompts[index]) - (block.start - len(token_ids[index][turn]))
                 progress.update(max(left, 0) if block.stop else block.kept)
 
     @property
@@ -182,32 +188,39 @@ class Task:
 
     def _warm_up(self, prompt: Prompt, slots: int, gamma: int) -> list[Conversation]:
         """Return conversations whose blocks nobody counts: what is compiled or captured there is in no block's time."""
-        ids = encode_turn(self.tokenizer, [], prompt.turns[0])[: WARM_UP_TOKENS[self.spec.device]]
-        budget = min(WARM_UP_BLOCKS[self.spec.device] * (gamma + 1), self.spec.max_new_tokens)
+        ids = turn_ids(self.tokenizer, prompt)[: WARM_UP_TOKENS[self.spec.device]]
+        budget = min(WARM_UP_BLOCKS[self.spec.device] * (gamma + 1), self._budget(prompt))
         return [(turn for turn in [Turn(ids, budget, Draws(0))]) for _ in range(slots)]
 
     def _conversation(self, prompt: Prompt, token_ids: list[list[int]], past_end: int) -> Conversation:
         """Yield the prompt's turns, each after the reply to the one before, and append their ids to `token_ids`."""
-        spec, history = self.spec, []
-        for turn, text in enumerate(prompt.turns):
-            ids = encode_turn(self.tokenizer, history, text)
-            _check_length(spec, prompt, turn, len(ids), self.beyond, self.limit)
+        replies = []
+        for turn in range(len(prompt.turns)):
+            ids = _turn_ids(self.tokenizer, prompt, replies)
+            _check_length(self.spec, prompt, turn, len(ids), self.beyond, self.limit)
             token_ids.append(ids)
-            draws = Draws(key_from(spec.sampling_seed, prompt.prompt_id, turn))
-            new_ids = yield Turn(ids, spec.max_new_tokens, draws, past_end)
-            reply = self.tokenizer.decode(new_ids, skip_special_tokens=True)
-            history += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+            draws = Draws(key_from(self.spec.sampling_seed, prompt.prompt_id, turn))
+            new_ids = yield Turn(ids, self._budget(prompt), draws, past_end)
+            replies.append(self.tokenizer.decode(new_ids, skip_special_tokens=True))
 
     def _capacity(self, prompts: list[Prompt]) -> int:
         """Return the positions that the longest prompt is likely to need; replies may encode to more tokens again."""
-        asked = [[len(encode_turn(self.tokenizer, [], text)) for text in prompt.turns] for prompt in prompts]
-        likely = max(sum(turns) + len(turns) * self.spec.max_new_tokens for turns in asked) + self.beyond - 1
-        return min(likely, self.limit)
+        likely = max(
+            len(_unanswered_turns(self.tokenizer, prompt)[-1]) + len(prompt.turns) * self._budget(prompt)
+            for prompt in prompts
+        )
+        return min(likely + self.beyond - 1, self.limit)
+
+    def _budget(self, prompt: Prompt) -> int:
+        return prompt.budget(self.spec.max_new_tokens)
 
 
 def check_planned(path: str, sha256: str, setting: str, job: str) -> None:
-    """Raise ValueError if the file that a setting names is not the one that a job was planned with."""
-    if (found := sha256_of(path)) != sha256:
+    """Raise ValueError if the file that a setting names is not the one that a job was planned with.
+
+    Raises FileNotFoundError if it cannot be read.
+    """
+    if (found := sha256_of_setting(path, setting)) != sha256:
         raise ValueError(f"{setting} {path}: its SHA-256 is {found}, the {job} was planned with {sha256}")
 
 
@@ -228,12 +241,47 @@ def _devices(spec: Cell | Trajectory, gpus: int) -> str | list[str]:
     return spec.device if gpus == 1 else [f"cuda:{index}" for index in range(gpus)]
 
 
+def _checked_first_turns(
+    spec: Cell | Trajectory, sides: dict[str, Side], prompts: list[Prompt], tokenizer: Any, beyond: int
+) -> list[list[int]]:
+    """Return what the first turn of each prompt starts from.
+
+    Raises ValueError naming the prompt for token ids that the models do not know, and for a turn that needs more
+    positions than they have even if all replies before it are empty.
+    """
+    limit, known = min(context_limit(side.model) for side in sides.values()), vocabulary_size(spec.target.model)
+    first_turns = []
+    for prompt in prompts:
+        turns = _unanswered_turns(tokenizer, prompt)
+        for turn, ids in enumerate(turns):
+            if (largest := max(ids)) >= known:
+                wrong = f"token id {largest}; the models know 0..{known - 1}"
+                raise ValueError(f"prompt {prompt.prompt_id!r}, turn {turn}: {wrong}")
+            _check_length(spec, prompt, turn, len(ids), beyond, limit)
+        first_turns.append(turns[0])
+    return first_turns
+
+
+def _unanswered_turns(tokenizer: Any, prompt: Prompt) -> list[list[int]]:
+    """Return what each turn of a prompt starts from if all replies before it are empty."""
+    return [_turn_ids(tokenizer, prompt, [""] * turn) for turn in range(len(prompt.turns))]
+
+
+def _turn_ids(tokenizer: Any, prompt: Prompt, replies: list[str]) -> list[int]:
+    """Return `turn_ids`. Raises ValueError naming the prompt if the tokenizer or its chat template refuses it."""
+    try:
+        return turn_ids(tokenizer, prompt, replies)
+    except (TemplateError, ValueError) as error:  # templates of models without system messages raise the former
+        raise ValueError(f"prompt {prompt.prompt_id!r}, turn {len(replies)}: {error}") from error
+
+
 def _check_length(spec: Cell | Trajectory, prompt: Prompt, turn: int, tokens: int, beyond: int, limit: int) -> None:
     """Raise ValueError if the models have fewer positions than the turn needs."""
-    needed = tokens + spec.max_new_tokens + beyond
+    budget = prompt.budget(spec.max_new_tokens)
+    needed = tokens + budget + beyond
     if needed > limit:
         raise ValueError(
-            f"prompt {prompt.prompt_id!r}, turn {turn}: {tokens} tokens, {spec.max_new_tokens} new ones and a block "
+            f"prompt {prompt.prompt_id!r}, turn {turn}: {tokens} tokens, {budget} new ones and a block "
             f"need {needed} positions; the models have {limit}"
         )
 

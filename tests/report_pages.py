@@ -7,10 +7,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pandas as pd
-from fake_cells import fake_metadata, write_fake_grid
+from fake_cells import as_blocks, fake_metadata, write_fake_grid
 
+from scspec.provenance import sha256_of
 from scspec.report import build_report
+from scspec.report.cell import cell_page, prompt_totals
+from scspec.report.render import write_page
 from scspec.results import QUALITY_KEYS, QUALITY_SCHEMA, write_rows
+from scspec.stats import Tally, summarise
 
 SMALL = {"prompts": 8, "max_new_tokens": 12}
 
@@ -100,3 +104,28 @@ def write_quality(path: Path, keys: dict, perplexity: float) -> None:
     rows.append({**row, "source": "text_file", "text_id": "0", "nll": 10 * math.log(4)})
     metadata = {**fake_metadata(keys), **dict.fromkeys(QUALITY_KEYS - {"schema_version"}, "")}
     write_rows(path, rows, metadata, QUALITY_SCHEMA, QUALITY_KEYS)
+
+
+def page_of(folder, rows, **metadata):
+    """The page of the only cell of some rows."""
+    blocks, keys = as_blocks(rows), rows[0]
+    its = fake_metadata(keys, **metadata)
+    (cell,) = (row for _, row in summarise(Tally.of(blocks), {keys["cell_id"]: its}).iterrows())
+    path = folder / "cell.html"
+    write_page(
+        path,
+        "cell.html.j2",
+        cell_page(cell, blocks, prompt_totals(Tally.of(blocks))[keys["cell_id"]], its, "../../../"),
+    )
+    return Page(path)
+
+
+def prompt_file(folder, text, ids=("p00",)):
+    return file_of([f'{{"id": "{name}", "turns": ["{text}", "another turn"]}}' for name in ids], folder)
+
+
+def file_of(lines, folder):
+    """Write a prompt file to the folder; return what a cell's metadata say of it."""
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return {"file": str(path), "sha256": sha256_of(path), "token_ids_sha256": ""}

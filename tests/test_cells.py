@@ -1,5 +1,6 @@
 """Cells: which combinations run, what each one says, and that ids and JSON lines are stable."""
 
+import gzip
 import hashlib
 import json
 import re
@@ -304,16 +305,35 @@ def test_a_pair_can_have_its_own_dtype() -> None:
 
 def test_editing_the_prompts_changes_the_cells(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text("one")
+    file.write_text('{"id": 1, "prompt": "Hi"}')
     (before,) = cells_of(prompt_file=str(file)).values()
-    file.write_text("two")
+    edited = '{"id": 1, "prompt": "Hi", "max_new_tokens": 9}'
+    file.write_text(edited)
     (after,) = cells_of(prompt_file=str(file)).values()
-    assert after == replace(before, prompt_sha256=hashlib.sha256(b"two").hexdigest()) != before
+    assert after == replace(before, prompt_sha256=hashlib.sha256(edited.encode()).hexdigest()) != before
 
 
-def test_a_missing_prompt_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^prompt_file: '.*none.jsonl' cannot be read"):
-        cells_of(prompt_file=str(tmp_path / "none.jsonl"))
+def test_the_hash_of_gzipped_prompts_is_that_of_the_files_bytes(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt.gz"
+    file.write_bytes(gzip.compress(b"Hi"))
+    (cell,) = cells_of(prompt_file=str(file)).values()
+    assert cell.prompt_sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("none.jsonl", "No such file"), (".", "Is a directory"), ("a\0b", "embedded null byte"), ("x" * 999, "too long")],
+)
+def test_a_prompt_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, reason: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"^prompt_file: '.*' cannot be read \(.*{reason}.*\); allowed: "):
+        cells_of(prompt_file=str(tmp_path / name))
+
+
+def test_prompts_that_are_not_understood_are_refused_before_there_are_cells(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"id": 1, "prompt": "Hi"}\n{"id": 2, "promt": "Hi"}\n')
+    with pytest.raises(ValueError, match=rf"^{file}, line 2: unknown keys \['promt'\]; allowed: "):
+        cells_of(prompt_file=str(file), prompt_limit=1)
 
 
 def test_greedy_cells_do_not_depend_on_the_settings_of_sampling() -> None:

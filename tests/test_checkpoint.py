@@ -163,7 +163,7 @@ OTHER_RUNS = {
     "device": lambda patch: patch.setattr(provenance, "device_name", lambda device: "another"),
     "models.target.sha256.model.safetensors": lambda patch: patch.setattr(task, "fetch_model", manifest_of),
     "schema_version": lambda patch: patch.setattr(task, "SCHEMA_VERSION", 0),
-    "first_turns": lambda patch: patch.setattr(task, "encode_turn", lambda *_: [1, 2]),
+    "first_turns": lambda patch: patch.setattr(task, "turn_ids", lambda *_: [1, 2]),
 }
 
 
@@ -183,6 +183,15 @@ def test_another_cell_starts_afresh(cells, one_saved, monkeypatch, capsys):
     cell = dataclasses.replace(cells["sc_sc"], gamma=2)
     assert pending(cell, one_saved, monkeypatch) == ["0", "1", "2", "3", "4"]
     assert "this run differs in cell.gamma\n" in capsys.readouterr().err
+
+
+def test_a_budget_or_a_system_text_more_starts_afresh(cells, one_saved, tmp_path, monkeypatch, capsys):
+    """They are in the prompt file's hash; of a budget the first turns say nothing."""
+    file = str(tmp_path / "prompts.jsonl")
+    Path(file).write_text("".join(json.dumps({**prompt, "max_new_tokens": 2}) + "\n" for prompt in PROMPTS))
+    cell = dataclasses.replace(cells["sc_sc"], prompt_file=file, prompt_sha256=sha256_of(file))
+    assert pending(cell, one_saved, monkeypatch) == ["0", "1", "2", "3", "4"]
+    assert "this run differs in cell.prompt_file, cell.prompt_sha256\n" in capsys.readouterr().err
 
 
 def resumed(output: Path, key: dict = KEY) -> Checkpoint:

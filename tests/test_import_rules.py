@@ -19,7 +19,7 @@ RULES = [
     ("families.py", {"torch", "transformers"}),
     ("cells.py", {"torch", "transformers"}),
     ("jobs.py", {"torch", "transformers", "scspec.cells"}),
-    ("prompts.py", {"torch", "transformers"}),
+    ("prompt*.py", {"torch", "transformers"}),
     ("stats/*.py", {"torch", "transformers", "altair", "scspec.quality"}),
     ("results.py", {"torch", "transformers", "altair"}),
     ("charts/*.py", {"torch", "transformers", "scspec.report", "scspec.results"}),

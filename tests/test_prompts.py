@@ -1,7 +1,11 @@
-"""Prompt files are read strictly, encode to flat token ids, and hash to values that do not move."""
+"""Prompt files are read strictly, encode to flat token ids, and hash to values that do not move.
 
+What a row may say: `test_prompt_rows.py`.
+"""
+
+import gzip
 import hashlib
-import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -10,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from scspec import prompts
-from scspec.prompts import Prompt, encode_turn, load_prompts, token_ids_sha256
+from scspec.prompts import Prompt, encode_turn, load_prompts, token_ids_sha256, turn_ids
 from scspec.provenance import sha256_of
 
 PROMPT_DIR = Path(__file__).parents[1] / "prompts"
@@ -27,8 +31,8 @@ CATEGORIES = (
 GOOD = b'{"id": "first", "prompt": "Hello there."}\n'
 
 
-def write(tmp_path: Path, content: bytes) -> Path:
-    path = tmp_path / "mine.jsonl"
+def write(tmp_path: Path, content: bytes, name: str = "mine.jsonl") -> Path:
+    path = tmp_path / name
     path.write_bytes(content)
     return path
 
@@ -63,21 +67,13 @@ def test_smoke_has_four_short_prompts_of_its_own():
     assert not {prompt.prompt_id for prompt in smoke} & {prompt.prompt_id for prompt in bench}
 
 
-# ---- rows that are accepted
+# ---- files
 
 
-def test_every_accepted_shape_keeps_file_order(tmp_path):
-    rows = [
-        {"question_id": "b", "category": "maths", "turns": ["One?", "Two?"]},
-        {"id": "a", "prompt": "Grüße, 世界"},
-        {"question_id": 81, "category": "writing", "prompt": " spaces stay "},
-    ]
-    path = write(tmp_path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
-    assert load_prompts(path) == [
-        Prompt("b", "maths", ("One?", "Two?")),
-        Prompt("a", "uncategorised", ("Grüße, 世界",)),
-        Prompt("81", "writing", (" spaces stay ",)),
-    ]
+def test_the_examples_of_the_formats_documentation_are_understood(tmp_path):
+    examples = re.findall(r"```json\n(.*?)```", (PROMPT_DIR / "README.md").read_text(), re.DOTALL)
+    found = load_prompts(write(tmp_path, "".join(examples).encode()))
+    assert [prompt.prompt_id for prompt in found] == ["maths-1", "1", "2", "3"]
 
 
 def test_only_newlines_end_a_row(tmp_path):
@@ -86,68 +82,41 @@ def test_only_newlines_end_a_row(tmp_path):
     assert [prompt.turns for prompt in load_prompts(str(path))] == [("x\u2028y",), ("z",)]
 
 
-def test_a_prompt_is_frozen_and_hashable():
-    prompt = Prompt("a", "maths", ("One?",))
-    with pytest.raises(AttributeError):
-        prompt.category = "code"
-    assert len({prompt, Prompt("a", "maths", ("One?",)), Prompt("a", "code", ("One?",))}) == 2
+TEXT = 'First line\n\n  spaces stay \r\n \t\n{"id": \u2028 4}'.encode()
 
 
-# ---- rows that are refused: line 2 of the file, a name of the fault, what is allowed
+@pytest.mark.parametrize(("name", "pack"), [("a.txt", bytes), ("a.txt.gz", gzip.compress), ("A.TXT.GZ", gzip.compress)])
+def test_each_line_of_a_text_file_is_a_prompt_unless_it_is_blank(tmp_path, name, pack):
+    assert load_prompts(write(tmp_path, pack(TEXT), name)) == [
+        Prompt("1", "uncategorised", ("First line",)),
+        Prompt("3", "uncategorised", ("  spaces stay ",)),
+        Prompt("5", "uncategorised", ('{"id": \u2028 4}',)),
+    ]
 
-BAD_ROWS = {
-    "cut short": (b'{"id": "x", "prompt": "Hi"', "invalid JSON", "one JSON object per line"),
-    "nested deeply": (b"[" * 100_000, "nested too deeply", "one JSON object per line"),
-    "blank line": (b"   \n" + GOOD, "blank line", "one JSON object per line"),
-    "trailing blank line": (b"\n", "blank line", "one JSON object per line"),
-    "list": (b'["x", "Hi"]', "the row is a JSON list", "one JSON object per line"),
-    "string": (b'"Hi"', "the row is a JSON string", "one JSON object per line"),
-    "null": (b"null", "the row is a JSON null", "one JSON object per line"),
-    "unknown key": (b'{"id": "x", "promt": "Hi"}', "unknown keys ['promt']", "question_id, id, category"),
-    "reference": (b'{"id": 1, "prompt": "Hi", "reference": []}', "unknown keys ['reference']", "turns"),
-    "no id": (b'{"prompt": "Hi"}', "missing 'question_id' (or 'id')", "exactly one of them"),
-    "no text": (b'{"id": "x"}', "missing 'turns' (or 'prompt')", "exactly one of them"),
-    "two ids": (b'{"id": "x", "question_id": "x", "prompt": "Hi"}', "both 'question_id' and 'id'", "one"),
-    "two texts": (b'{"id": "x", "turns": ["Hi"], "prompt": "Hi"}', "both 'turns' and 'prompt'", "one"),
-    "key twice": (
-        b'{"id": "x", "prompt": "a", "prompt": "b"}',
-        "keys ['prompt'] given more",
-        "each key once",
-    ),
-    "no turns": (b'{"id": "x", "turns": []}', "'turns' is an empty list", "non-empty strings"),
-    "empty turn": (b'{"id": "x", "turns": ["Hi", ""]}', "'turns[1]' is empty", "a non-empty string"),
-    "blank turn": (b'{"id": "x", "turns": [" \\n "]}', "'turns[0]' is empty", "a non-empty string"),
-    "empty prompt": (b'{"id": "x", "prompt": ""}', "'prompt' is empty", "a non-empty string"),
-    "turns a string": (b'{"id": "x", "turns": "Hi"}', "'turns' is a JSON string", "a list of one or more"),
-    "turn a number": (b'{"id": "x", "turns": [3]}', "'turns[0]' is a JSON number", "a non-empty string"),
-    "prompt a list": (b'{"id": "x", "prompt": ["Hi"]}', "'prompt' is a JSON list", "a non-empty string"),
-    "id null": (b'{"id": null, "prompt": "Hi"}', "'id' is a JSON null", "a non-empty string or an integer"),
-    "id true": (
-        b'{"id": true, "prompt": "Hi"}',
-        "'id' is a JSON boolean",
-        "a non-empty string or an integer",
-    ),
-    "id 1.5": (b'{"id": 1.5, "prompt": "Hi"}', "'id' is a JSON number", "a non-empty string or an integer"),
-    "id empty": (b'{"id": "", "prompt": "Hi"}', "'id' is empty", "a non-empty string or an integer"),
-    "category 3": (b'{"id": "x", "category": 3, "prompt": "Hi"}', "'category' is a JSON number", "string"),
-    "category empty": (b'{"id": "x", "category": "", "prompt": "Hi"}', "'category' is empty", "string"),
-    "surrogate": (b'{"id": "x", "prompt": "\\ud83d"}', "half of a surrogate pair", "valid Unicode text"),
-    "id again": (b'{"id": "first", "prompt": "Hi"}', "id 'first' is already used in line 1", "each id once"),
-    "latin-1": ('{"id": "x", "prompt": "café"}'.encode("latin-1"), "wrong encoding, byte 0xe9", "UTF-8"),
+
+def test_gzipped_rows_are_rows(tmp_path):
+    path = write(tmp_path, gzip.compress(GOOD) + gzip.compress(b'{"id": "second", "prompt": "Hi"}'), "rows.jsonl.gz")
+    assert [prompt.prompt_id for prompt in load_prompts(path)] == ["first", "second"]
+    path.write_bytes(gzip.compress(GOOD + b"{}"))
+    with pytest.raises(ValueError, match=f"^{path}, line 2: missing 'question_id'"):
+        load_prompts(path)
+
+
+WHOLE = gzip.compress(GOOD, mtime=0)
+NOT_WHOLE = {
+    "not gzip": GOOD,
+    "more behind": WHOLE + b"more",
+    "checksum": WHOLE[:-8] + bytes(4) + WHOLE[-4:],
+    "no such block": WHOLE[:10] + b"\xff" * 20,
+    **{f"torn at {end}": WHOLE[:end] for end in range(1, len(WHOLE))},
 }
 
 
-@pytest.mark.parametrize(("row", "wrong", "allowed"), BAD_ROWS.values(), ids=BAD_ROWS.keys())
-def test_a_bad_row_is_refused_in_one_line(tmp_path, row, wrong, allowed):
-    path = write(tmp_path, GOOD + row + b'\n{"id": "last", "prompt": "Bye."}\n')
-    with pytest.raises(ValueError, match="allowed: ") as caught:
+@pytest.mark.parametrize("content", NOT_WHOLE.values(), ids=NOT_WHOLE.keys())
+def test_a_file_that_is_not_whole_gzip_is_refused_in_one_line(tmp_path, content):
+    path = write(tmp_path, content, "mine.jsonl.gz")
+    with pytest.raises(ValueError, match=rf"^{path}: not a whole gzip file \(.+\); allowed: gzip, as the name says$"):
         load_prompts(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}, line 2: ")
-    fault, _, remedy = message.removeprefix(f"{path}, line 2: ").partition("; allowed: ")
-    assert wrong in fault
-    assert allowed in remedy
-    assert "\n" not in message
 
 
 def test_an_integer_id_and_the_same_digits_as_text_are_one_id(tmp_path):
@@ -156,31 +125,46 @@ def test_an_integer_id_and_the_same_digits_as_text_are_one_id(tmp_path):
         load_prompts(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\n"])
-def test_an_empty_file_is_refused(tmp_path, content):
-    path = write(tmp_path, content)
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.txt"])
+@pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\n", "\u00a0\n\u2003".encode()])
+def test_an_empty_file_is_refused(tmp_path, content, name):
+    path = write(tmp_path, content, name)
     with pytest.raises(ValueError, match="line 1: the file is empty; allowed: ") as caught:
         load_prompts(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("encoding", "wrong"), [("utf-8-sig", "byte order mark"), ("utf-16", "wrong encoding, byte 0x")]
+    ("encoding", "wrong"),
+    [
+        ("utf-8-sig", "byte order mark"),
+        ("utf-16", "wrong encoding, byte 0xff"),
+        ("utf-16-le", "wrong encoding, byte 0x00"),
+    ],
 )
-def test_a_file_in_another_encoding_is_refused(tmp_path, encoding, wrong):
-    path = write(tmp_path, GOOD.decode().encode(encoding))
+@pytest.mark.parametrize("name", ["mine.jsonl", "mine.txt"])
+def test_a_file_in_another_encoding_is_refused(tmp_path, encoding, wrong, name):
+    path = write(tmp_path, GOOD.decode().encode(encoding), name)
     with pytest.raises(ValueError, match=wrong) as caught:
         load_prompts(path)
     assert str(caught.value).startswith(f"{path}, line 1: ")
 
 
-def test_a_missing_file_is_named(tmp_path):
-    path = tmp_path / "nowhere.jsonl"
-    with pytest.raises(FileNotFoundError, match="no such prompt file") as caught:
+@pytest.mark.parametrize(("name", "reason"), [("nowhere.jsonl", "No such file or directory"), (".", "Is a directory")])
+def test_what_cannot_be_read_is_named(tmp_path, name, reason):
+    path = tmp_path / name
+    with pytest.raises(FileNotFoundError) as caught:
         load_prompts(path)
-    assert str(path) in str(caught.value)
-    with pytest.raises(FileNotFoundError):
-        sha256_of(path)
+    assert str(caught.value) == f"{path}: cannot be read ({reason}); allowed: the path of a prompt file"
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(FileNotFoundError, match=r"mine\.jsonl: cannot be read \(Permission denied\); allowed: "):
+        load_prompts(write(tmp_path, GOOD))
 
 
 # ---- token ids
@@ -255,6 +239,18 @@ def test_encode_turn_without_a_chat_template_joins_the_texts_by_blank_lines(temp
     tokenizer.chat_template = template
     assert text_of(encode_turn(tokenizer, HISTORY, "Go on")) == "\x01Hi\n\nYes?\n\nGo on"
     assert encode_turn(tokenizer, [], "Go") == [1, ord("G"), ord("o")]
+
+
+def test_a_prompts_turn_comes_after_its_history_and_the_replies():
+    prompt = Prompt("a", "maths", ("One?", "Two?"), (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?")))
+    before = "[26 Jul 2024]<system>Be brief.<user>Hi<assistant>Yes?<user>One?<assistant>"
+    assert text_of(turn_ids(ChatTokenizer(), prompt)) == before
+    assert text_of(turn_ids(ChatTokenizer(), prompt, ["1."])) == before + "1.<user>Two?<assistant>"
+    assert text_of(turn_ids(CharTokenizer(), prompt, ["1."])) == "\x01Be brief.\n\nHi\n\nYes?\n\nOne?\n\n1.\n\nTwo?"
+
+
+def test_token_ids_are_the_turn_as_they_are():
+    assert turn_ids(None, Prompt("a", "maths", ((5, 0, 5),))) == [5, 0, 5]
 
 
 @pytest.mark.parametrize("value", [[[1, 2]], {"input_ids": [1, 2]}, "text", ["a", "b"]])

@@ -89,6 +89,24 @@ def test_greedy_replay_is_the_loop_block_by_block(cells, tmp_path, arm):
     assert len(list((tmp_path / "predictions").rglob("*.parquet"))) == 1
 
 
+MIXED = [
+    {"id": "ids", "prompt_token_ids": [60, 4, 4, 9, 30], "max_new_tokens": 3},
+    {"id": "turns", "system": "Be brief.", "turns": ["What is this?", "And that?"], "max_new_tokens": 17},
+    {"id": "chat", "messages": [{"role": "system", "content": "Hm"}, {"role": "user", "content": "Why?"}]},
+]
+
+
+def test_prompts_of_every_kind_with_budgets_of_their_own_replay_block_by_block(tmp_path):
+    cells = tiny_cells(tmp_path, MIXED)
+    for gamma in (2, 5):
+        cell = dataclasses.replace(cells["sc_sc"], gamma=gamma, id=f"a/b/c{gamma}", sampling=GREEDY)
+        (loop, _), (replay, _) = run_loop(cell, tmp_path), run_replay(as_replay(cell), tmp_path)
+        assert_replays(loop, replay)
+        tokens = loop[loop["stop"].notna()].assign(tokens=loop.groupby(["prompt_id", "turn"])["kept"].transform("sum"))
+        ended = tokens[tokens["stop"] == "budget"].set_index(["prompt_id", "turn"])["tokens"].to_dict()
+        assert ended == {("ids", 0): 3, ("turns", 0): 17, ("turns", 1): 17, ("chat", 0): 10}
+
+
 @pytest.mark.parametrize("gamma", [2, 5])
 def test_ends_of_text_cut_replayed_blocks_as_they_cut_the_loops(cells, tmp_path, monkeypatch, gamma):
     """With a token of the texts themselves as EOS, blocks end in the middle, and accepted proposals lie behind."""

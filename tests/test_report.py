@@ -67,7 +67,7 @@ def test_provenance(grid):
         "python 3.11.7, torch 2.11.0",
         "Device, dtype, SC backend cpu: a processor, float32, backend cpu: 34 cells",
         "Models source smollm2-135m, sha256 b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc7 Weights 4-bit GGUF, deq",
-        "Token budget 40 tokens a turn",
+        "Token budget 40 tokens a turn, unless a prompt has its own",
         "Decoding greedy: temperature, top_k and top_p have no effect",
         "smollm2-skip: target 0.0%, draft 79.0% (float_sc)",
         "8 prompts file prompts/bench48.jsonl, sha256 5e884898da280471",

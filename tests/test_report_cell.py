@@ -4,17 +4,13 @@ import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
-from fake_cells import as_blocks, fake_keys, fake_metadata, fake_rows
-from report_pages import Page
+from fake_cells import as_blocks, fake_keys, fake_rows
+from report_pages import page_of, prompt_file
 
 from scspec import aliases
-from scspec.prompts import load_prompts
-from scspec.provenance import sha256_of
-from scspec.report import cell as cell_module
-from scspec.report.cell import cell_page, prompt_totals
-from scspec.report.render import write_page
+from scspec.report.cell import prompt_totals
 from scspec.report.transcript import ACCEPTED, BONUS, CORRECTION, REJECTED, tokenizer_here, transcript, visible
-from scspec.stats import Tally, summarise
+from scspec.stats import Tally
 from scspec.stats.sums import alpha
 
 MODEL, EOS = "smollm2-135m", 2
@@ -158,20 +154,6 @@ def test_controls_are_visible():
         == "a[U+0000][U+001B][U+007F][U+0085][U+202E][U+2067][U+200F]b\t\n"
     )
     assert visible("naïve \u05d0\u0644 👩\u200d💻") == "naïve \u05d0\u0644 👩\u200d💻"  # what joins letters stays
-
-
-def page_of(folder, rows, **metadata):
-    """The page of the only cell of some rows."""
-    blocks, keys = as_blocks(rows), rows[0]
-    its = fake_metadata(keys, **metadata)
-    (cell,) = (row for _, row in summarise(Tally.of(blocks), {keys["cell_id"]: its}).iterrows())
-    path = folder / "cell.html"
-    write_page(
-        path,
-        "cell.html.j2",
-        cell_page(cell, blocks, prompt_totals(Tally.of(blocks))[keys["cell_id"]], its, "../../../"),
-    )
-    return Page(path)
 
 
 def replayed(rows):
@@ -325,49 +307,6 @@ def test_a_folder_without_a_tokenizer_that_can_be_read_has_none(tmp_path, conten
 def test_a_name_that_is_no_model_has_no_tokenizer():
     for name in ("a name\0 that </script> is none", "nobody/nothing-of-the-kind"):
         assert tokenizer_here.__wrapped__(name) is None
-
-
-def prompt_file(folder, text, ids=("p00",)):
-    path = folder / "prompts.jsonl"
-    path.write_text("".join(f'{{"id": "{name}", "turns": ["{text}", "another turn"]}}\n' for name in ids))
-    return {"file": str(path), "sha256": sha256_of(path), "token_ids_sha256": ""}
-
-
-GONE = "the prompt file is not here, or has changed"
-
-
-def test_the_prompts_own_text(tmp_path, backend):
-    rows = fake_rows(fake_keys(), prompts=1)
-    page = page_of(tmp_path, rows, prompts=prompt_file(tmp_path, "Why <i>does</i>\\u202e bread\\n rise?" + "y" * 400))
-    assert "Prompt: <bdi>Why &lt;i&gt;does&lt;/i&gt;[U+202E] bread\n rise?" in page.source
-    assert "yyyy…" in page.text
-    assert page.text.count("y") < 300 + 100
-    assert "another turn" not in page.text
-    assert GONE not in page.text
-
-
-@pytest.mark.parametrize("what", ["gone", "changed", "no name"])
-def test_another_prompt_file_is_not_shown(tmp_path, backend, what):
-    prompts = prompt_file(tmp_path, f"a text, {what}")
-    if what == "gone":
-        (tmp_path / "prompts.jsonl").unlink()
-    elif what == "changed":
-        prompt_file(tmp_path, "another text")
-    else:
-        prompts["file"] = "no\0name"
-    page = page_of(tmp_path, fake_rows(fake_keys(), prompts=1), prompts=prompts)
-    assert GONE in page.text
-    assert "a text" not in page.text
-    assert "another text" not in page.text
-
-
-def test_a_prompt_file_is_read_once(tmp_path, backend, monkeypatch):
-    reads = []
-    monkeypatch.setattr(cell_module, "load_prompts", lambda file: reads.append(file) or load_prompts(file))
-    prompts = prompt_file(tmp_path, "read once")
-    for _ in range(3):
-        assert "read once" in page_of(tmp_path, fake_rows(fake_keys(), prompts=1), prompts=prompts).text
-    assert len(reads) == 1
 
 
 NASTY = '</bdi><script>alert("1")</script><b>&amp;\'\u2028\u202e\u05d0\x1b💩'

@@ -301,6 +301,13 @@ def test_a_mistyped_setting_stops_the_run_with_a_hint(built: Workflow) -> None:
     assert "config: unknown key 'gama' (did you mean 'gamma'?)" in output
 
 
+def test_a_prompt_file_that_is_not_understood_stops_the_run(built: Workflow) -> None:
+    (built.folder / "prompts.jsonl").write_text('{"id": "1", "promt": "Hello"}\n')
+    calls, output = built.run("--forceall", status=1)
+    assert not calls
+    assert "prompts.jsonl, line 1: unknown keys ['promt']; allowed: question_id, id, " in output
+
+
 def test_the_default_experiment_plans_21_cells(built: Workflow) -> None:
     shutil.copy(REPOSITORY / "config.yaml", built.folder)
     shutil.copytree(REPOSITORY / "prompts", built.folder / "prompts")
@@ -324,6 +331,11 @@ def test_the_users_mistakes_are_one_line_and_our_own_a_traceback(
     (tmp_path / "bad.yaml").write_text("gama: 1")
     assert main(["plan", "--configfile", str(tmp_path / "bad.yaml")]) == 2
     assert capsys.readouterr().err.startswith("scspec: error: config: unknown key 'gama'")
+    (tmp_path / "bad.jsonl").write_text("Hi")
+    settings = f"pairs: {{p: {{target: {{model: a}}, draft: {{model: a}}}}}}\nprompt_file: {tmp_path}/bad.jsonl\n"
+    (tmp_path / "good.yaml").write_text(settings)
+    assert main(["plan", "--configfile", str(tmp_path / "good.yaml")]) == 2
+    assert capsys.readouterr().err.startswith(f"scspec: error: {tmp_path}/bad.jsonl, line 1: invalid JSON, ")
     (tmp_path / "plan.json").write_text('{"cells": [{"path": "none"}]}')
     assert main(["report", "--plan", str(tmp_path / "plan.json"), "--output", str(tmp_path / "index.html")]) == 2
     assert "none of the 1 cells of" in capsys.readouterr().err

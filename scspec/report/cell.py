@@ -170,9 +170,19 @@ def _first_turn(
     first = first[np.argsort(blocks["block"].to_numpy()[first])]
     return {
         "turns": f", the first of {count} turns" if count > 1 else "",
-        "prompt": visible(_cut(prompt.turns[turns.min()])) if prompt else "",
+        "earlier": len(prompt.history) if prompt else 0,
+        "prompt": visible(_cut(_said(prompt.turns[turns.min()], tokenizer))) if prompt else "",
+        "reference": visible(_cut(" / ".join(filter(str.strip, prompt.reference)))) if prompt else "",
         "text": transcript({name: blocks[name].take(first) for name in TRANSCRIPT_COLUMNS}, tokenizer, limit),
     }
+
+
+def _said(turn: str | tuple[int, ...], tokenizer: Tokenizer | None) -> str:
+    """A turn's text; of token ids what they say, and themselves where that cannot be read."""
+    if isinstance(turn, str):
+        return turn
+    read = tokenizer.decode(list(turn), skip_special_tokens=False) if tokenizer else ""
+    return read or " ".join(map(str, turn))
 
 
 def _cut(text: str) -> str:

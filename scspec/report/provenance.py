@@ -28,7 +28,10 @@ def provenance(run: Run) -> list[tuple[str, list[str]]]:
         ("Share of multiply-accumulates in SC", _shares(run.summary, metadata)),
         ("Streams", _streams(run.summary)),
         ("Prompts", [f"{run.blocks['prompt_id'].nunique()} prompts", *distinct(prompts)]),
-        ("Token budget", distinct(f"{its['cell']['max_new_tokens']} tokens a turn" for its in metadata)),
+        (
+            "Token budget",
+            distinct(f"{its['cell']['max_new_tokens']} tokens a turn, unless a prompt has its own" for its in metadata),
+        ),
         ("Decoding", distinct(_sampling(its["cell"]["sampling"]) for its in metadata)),
         ("Tokens", [f"{run.blocks['kept'].sum():,} in {len(run.blocks):,} blocks"]),
         ("Seeds", [f"{name}: {', '.join(map(str, values)) or 'none'}" for name, values in seeds.items()]),
