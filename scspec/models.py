@@ -5,12 +5,21 @@ A model name is an alias (`aliases`: a file pinned by hash), a local folder, or 
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from scspec.aliases import ALIASES, fetch_alias
 from scspec.patching import Placement, check_dtype, layer_devices, model_backend, patch_model, resolve_devices
@@ -67,8 +76,38 @@ def _fetch_from_hub(name: str) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model {name!r}: not an alias ({', '.join(ALIASES)}), not a folder, "
-            f"and not to be had from Hugging Face: {reason}"
+            f"and not to be had from Hugging Face: {reason}; {_remedy(name, error)}"
         ) from error
+
+
+def _remedy(name: str, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "ask for access on its page there, then log in: hf auth login"
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return "check the name; one that is private needs: hf auth login"
+    return f"fetch it where there is a network: scspec models fetch {name}"
+
+
+@contextmanager
+def _reading(name: str, part: str) -> Iterator[None]:
+    """What a library finds wrong with a file of the model, within the block, is one line that names model and part."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if getattr(error, "errno", None):  # the system's fault, and it names the file
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model {name!r}: its {part} cannot be read: {reason}; check its files: scspec models verify {name}"
+        ) from error
+
+
+def _config(name: str) -> PretrainedConfig:
+    folder = local_folder(name)
+    with _reading(name, "config.json"):
+        return AutoConfig.from_pretrained(folder)
 
 
 def load_model(
@@ -91,7 +130,7 @@ def load_model(
     """
     check_placement(device, dtype, backend)
     resolve_knobs(sc_overrides)
-    layers = AutoConfig.from_pretrained(local_folder(name)).num_hidden_layers
+    layers = _config(name).num_hidden_layers
     wrong = [index for index in skip_layers if not 0 <= index < layers]
     if wrong or len(set(skip_layers)) >= layers:
         raise ValueError(f"skip_layers={list(skip_layers)}: {name} has layers 0..{layers - 1}, and one must remain")
@@ -107,7 +146,8 @@ def _mapped_model(name: str) -> PreTrainedModel:
     folder = local_folder(name)
     options = {"attn_implementation": "eager", "output_loading_info": True, "ignore_mismatched_sizes": True}
     dtype = _stored_dtype(name, folder)
-    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
+    with _reading(name, "*.safetensors"):
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
     for fault in ("missing", "unexpected", "mismatched"):
         for key in sorted(map(str, found[f"{fault}_keys"])):
             raise ValueError(f"model {name!r}: {fault} in its *.safetensors: {key}")
@@ -118,7 +158,7 @@ def _stored_dtype(name: str, folder: Path) -> torch.dtype:
     """Return the dtype of the weights in the files; of several, one that holds them all exactly."""
     found = set()
     for file in _weight_files(name, folder):
-        with safe_open(file, "pt") as tensors:
+        with _reading(name, file.name), safe_open(file, "pt") as tensors:
             found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     if not found <= set(_STORED_DTYPES):
         raise ValueError(f"model {name!r}: weights in {', '.join(sorted(found))}; allowed: {', '.join(_STORED_DTYPES)}")
@@ -142,7 +182,9 @@ def _skip_layers(model: PreTrainedModel, skipped: set[int]) -> None:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of model `name`."""
-    return AutoTokenizer.from_pretrained(local_folder(name))
+    folder = local_folder(name)
+    with _reading(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder)
 
 
 def load_spec_models(
@@ -170,14 +212,14 @@ def load_spec_models(
 
 def context_limit(name: str) -> int:
     """Return how many positions model `name` has."""
-    return AutoConfig.from_pretrained(local_folder(name)).max_position_embeddings
+    return _config(name).max_position_embeddings
 
 
 def check_vocabularies(target_model: str, draft_model: str) -> None:
     """Raise ValueError if the two models' tokens do not mean the same, or one vocabulary is padded."""
     if target_model == draft_model:
         return
-    sizes = [AutoConfig.from_pretrained(local_folder(name)).vocab_size for name in (target_model, draft_model)]
+    sizes = [_config(name).vocab_size for name in (target_model, draft_model)]
     tokens = [load_tokenizer(name).get_vocab() for name in (target_model, draft_model)]
     if sizes[0] != sizes[1] or tokens[0] != tokens[1]:
         raise ValueError(

@@ -35,7 +35,7 @@ class GoldenCase:
     product: torch.Tensor
 
     def error(self, out: torch.Tensor) -> float:
-        """Return how far `out` is from the product, relative to its largest value; infinite for another shape or NaN."""
+        """Return how far `out` is off, relative to its largest value; infinite for NaN or another shape."""
         if out.shape != self.product.shape or not bool(torch.isfinite(out).all()):
             return float("inf")
         return float((out.cpu() - self.product).abs().max() / self.product.abs().max())
