@@ -22,7 +22,8 @@ from scspec.cli.plain import PLAIN
 USER_ERROR = 2  # as click's own
 #: What of the system's faults is the user's to mend, and how.
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG), "check the path"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP), "check the path"),
+    errno.ENAMETOOLONG: "shorten the path",
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose another path, or have this one opened to you"),
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, or choose another disk"),
 }

@@ -32,6 +32,8 @@ def fetch(
     from scspec.models import fetch_model
     from scspec.results import atomic_file
 
+    if manifest:
+        manifest.parent.mkdir(parents=True, exist_ok=True)  # before gigabytes are fetched that it is to tell of
     text = json.dumps(fetch_model(name), indent=2, sort_keys=True) + "\n"
     if manifest is None:
         print(text, end="")
