@@ -81,10 +81,14 @@ def fetch_model(name):
     return {"name": name}
 """,
     "report.py": """
+import json
+from pathlib import Path
 from scspec import note
 
-def build_report(cell_paths, plan, out_path):
+def report_plan(plan_path, out_path):
     note("report")
+    plan = json.loads(plan_path.read_text())
+    cell_paths = [cell["path"] for cell in plan["cells"] if Path(cell["path"]).exists()]
     for suffix in (".html", ".csv", ".parquet"):
         out_path.with_suffix(suffix).write_text(" ".join(map(str, cell_paths)))
     for folder in ("pairs", "cells"):
