@@ -17,6 +17,8 @@ config -> cells -> (prompts, models -> patching) -> decoding (over sc + invarian
     compare              two cells or grids -> differences
     charts, report       estimates -> charts -> HTML: an index, a page per pair, a page per cell
     hardware, provenance MACs; where a result came from
+    estimate, sweep      what a grid would cost; one prompt at several lengths
+    inventory, doctor    which models are here; what scspec needs of a machine
     cli                  the command line
 
 The names below are imported when first used, so that planning a grid does not load torch.

@@ -19,6 +19,8 @@ from filelock import FileLock
 from scspec.provenance import sha256_of
 
 _DRAFTS = Path(__file__).parent / "drafts"
+#: In an alias's folder: {file: SHA-256 when it was converted}, for `inventory.verify`.
+CONVERTED_HASHES = "converted.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class PackagedModel:
 
 
 def _ignore_weights(_, names: list[str]) -> list[str]:
-    return [name for name in names if name.endswith(".safetensors")]
+    return [name for name in names if name.endswith(".safetensors") or name in ("manifest.json", CONVERTED_HASHES)]
 
 
 ALIASES = {
@@ -134,7 +136,8 @@ def folder_here(name: str) -> Path | None:
 def fetch_alias(name: str) -> Path:
     """Return the folder of an alias, converted to safetensors once; safe against two processes at a time.
 
-    It holds manifest.json: name, source, sha256, note. Raises ValueError if its file is not to be had or another one.
+    It holds manifest.json: name, source, sha256, note; and the hashes of its files (`CONVERTED_HASHES`). Raises
+    ValueError if its file is not to be had or another one.
     """
     source, folder = ALIASES[name], alias_folder(name)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +148,8 @@ def fetch_alias(name: str) -> Path:
                 converted.mkdir()
                 source.convert(Path(scratch), converted)
                 manifest = {"name": name, "source": source.source, "sha256": source.sha256, "note": source.note}
+                hashes = {file.name: sha256_of(file) for file in sorted(converted.iterdir())}
+                (converted / CONVERTED_HASHES).write_text(json.dumps(hashes))
                 (converted / "manifest.json").write_text(json.dumps(manifest))
                 os.replace(converted, folder)
     return folder

@@ -153,6 +153,8 @@ def read_config(path: str | Path) -> Any:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileNotFoundError(f"config file {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error}") from None
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -19,6 +19,9 @@ GRID_ARM = "sc_sc"
 AUDIT_ARM = "audit"  # one cell of a replayed grid, drawn at random, as a loop
 PAST_END_STEP = 8  # trajectories go on past their end by a multiple of it: they do not depend on gamma up to 8
 
+#: Positions that a teacher-forced pass scores at once: as many rows of logits are held.
+POSITIONS_PER_PASS = 64
+
 
 @dataclass(frozen=True)
 class Side:

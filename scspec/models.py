@@ -5,12 +5,13 @@ A model name is an alias (`aliases`: a file pinned by hash), a local folder, or 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -81,7 +82,31 @@ def _fetch_from_hub(name: str, files: Sequence[str]) -> Path:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model {name!r}: not an alias ({', '.join(ALIASES)}), not a folder, "
-            f"and not to be had from Hugging Face: {reason}"
+            f"and not to be had from Hugging Face: {reason}; {_remedy(name, error)}"
+        ) from error
+
+
+def _remedy(name: str, error: Exception) -> str:
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "ask for access on its page there, then log in: hf auth login"
+    if isinstance(error, RepositoryNotFoundError | HFValidationError):
+        return "check the name; one that is private needs: hf auth login"
+    return f"fetch it where there is a network: scspec models fetch {name}"
+
+
+@contextmanager
+def _reading(name: str, part: str) -> Iterator[None]:
+    """What a library finds wrong with a file of the model, within the block, is one line that names model and part."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if getattr(error, "errno", None):  # the system's fault, and it names the file
+            raise
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"model {name!r}: its {part} cannot be read: {reason}; check its files: scspec models verify {name}"
         ) from error
 
 
@@ -163,7 +188,8 @@ def _mapped_model(name: str) -> PreTrainedModel:
     folder = local_folder(name)
     options = {"attn_implementation": "eager", "output_loading_info": True, "ignore_mismatched_sizes": True}
     options |= {"dtype": _stored_dtype(name, folder), "use_safetensors": True, "trust_remote_code": False}
-    model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+    with _reading(name, "*.safetensors"):
+        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
     for fault in ("missing", "unexpected", "mismatched"):
         for key in sorted(map(str, found[f"{fault}_keys"])):
             raise ValueError(f"model {name!r}: {fault} in its *.safetensors: {key}")
@@ -174,7 +200,7 @@ def _stored_dtype(name: str, folder: Path) -> torch.dtype:
     """Return the dtype of the weights in the files; of several, one that holds them all exactly."""
     found = set()
     for file in _weight_files(name, folder):
-        with safe_open(file, "pt") as tensors:
+        with _reading(name, file.name), safe_open(file, "pt") as tensors:
             found |= {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118
     if not found <= set(_STORED_DTYPES):
         raise ValueError(f"model {name!r}: weights in {', '.join(sorted(found))}; allowed: {', '.join(_STORED_DTYPES)}")
@@ -207,7 +233,9 @@ def _drop_padding(model: PreTrainedModel, tokens: int) -> None:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Return the tokenizer of model `name`."""
-    return AutoTokenizer.from_pretrained(local_folder(name), trust_remote_code=False)
+    folder = local_folder(name)
+    with _reading(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_spec_models(
@@ -236,11 +264,6 @@ def load_spec_models(
 def context_limit(name: str) -> int:
     """Return how many positions model `name` has."""
     return model_config(name).max_position_embeddings
-
-
-def vocabulary_size(name: str) -> int:
-    """Return how many token ids model `name` knows, 0 and upwards: its logits, padding included."""
-    return AutoConfig.from_pretrained(local_folder(name)).vocab_size
 
 
 def check_vocabularies(target_model: str, draft_model: str) -> None:

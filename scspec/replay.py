@@ -25,15 +25,12 @@ import torch
 from scspec.checkpoint import FinishedPrompt
 from scspec.config import REPLAY
 from scspec.decoding import Block, CachedScorer, SamplingConfig, greedy_ids, sampling
-from scspec.jobs import Cell, Predictions, Trajectory
+from scspec.jobs import POSITIONS_PER_PASS, Cell, Predictions, Trajectory
 from scspec.prompts import Prompt
 from scspec.provenance import sha256_of
 from scspec.results import METADATA_KEYS, read_rows, write_cell, write_rows
 from scspec.run import key_columns
 from scspec.task import Save, Task
-
-#: Positions that a teacher-forced pass scores at once: as many rows of logits are held.
-POSITIONS_PER_PASS = 64
 
 _IDS, _TEXT = pa.list_(pa.int32()), [pa.field("prompt_id", pa.string(), False), pa.field("turn", pa.int32(), False)]
 #: A row per prompt and turn. `text_ids`: the text, `tokens` long, and what the target says past its end; `margin`: the

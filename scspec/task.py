@@ -181,16 +181,14 @@ class Task:
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
-        """Every id that ends a text: the generation config's of the target (one or several) and the tokenizer's."""
-        ids = self.models["target"].generation_config.eos_token_id
-        ids = ids if isinstance(ids, list) else [ids]
-        return frozenset(i for i in (*ids, self.tokenizer.eos_token_id) if i is not None)
+        """Every id that ends a text."""
+        return eos_token_ids(self.models["target"], self.tokenizer)
 
     def _warm_up(self, prompt: Prompt, slots: int, gamma: int) -> list[Conversation]:
         """Return conversations whose blocks nobody counts: what is compiled or captured there is in no block's time."""
-        ids = turn_ids(self.tokenizer, prompt)[: WARM_UP_TOKENS[self.spec.device]]
-        budget = min(WARM_UP_BLOCKS[self.spec.device] * (gamma + 1), self._budget(prompt))
-        return [(turn for turn in [Turn(ids, budget, Draws(0))]) for _ in range(slots)]
+        ids = turn_ids(self.tokenizer, prompt)
+        warm_up = warm_up_turn(ids, self._budget(prompt), gamma, self.spec.device)
+        return [(turn for turn in [warm_up]) for _ in range(slots)]
 
     def _conversation(self, prompt: Prompt, token_ids: list[list[int]], past_end: int) -> Conversation:
         """Yield the prompt's turns, each after the reply to the one before, and append their ids to `token_ids`."""
@@ -213,6 +211,19 @@ class Task:
 
     def _budget(self, prompt: Prompt) -> int:
         return prompt.budget(self.spec.max_new_tokens)
+
+
+def eos_token_ids(target: Any, tokenizer: Any) -> frozenset[int]:
+    """Return every id that ends a text: the generation config's of the target (one or several) and the tokenizer's."""
+    ids = target.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def warm_up_turn(ids: list[int], max_new_tokens: int, gamma: int, device: str) -> Turn:
+    """Return a turn to decode before those that count, on "cpu" or "cuda"; `ids` and the budget are of one of these."""
+    budget = min(WARM_UP_BLOCKS[device] * (gamma + 1), max_new_tokens)
+    return Turn(ids[: WARM_UP_TOKENS[device]], budget, Draws(0))
 
 
 def check_planned(path: str, sha256: str, setting: str, job: str) -> None:

@@ -81,7 +81,7 @@ def fetched(hub: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
     folder = tmp_path_factory.mktemp("fetched")
     here = {"HF_ENDPOINT": hub, "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}
     environment = {**os.environ, **here}
-    command = [sys.executable, "-m", "scspec", "fetch", MODEL, "--manifest", str(folder / "manifest.json")]
+    command = [sys.executable, "-m", "scspec", "models", "fetch", MODEL, "--manifest", str(folder / "manifest.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return environment, json.loads((folder / "manifest.json").read_text())

@@ -1,8 +1,5 @@
 """`sc_matmul` against the published kernels' golden vectors and against a loop over single bits (`brute_force`)."""
 
-import json
-from pathlib import Path
-
 import brute_force
 import numpy as np
 import pytest
@@ -11,10 +8,10 @@ from interpreter import DEVICE
 
 from scspec import sc_matmul
 from scspec.sc.encoding import encode, encode_causal
+from scspec.sc.golden import PATH, TOLERANCE, golden_cases
 from scspec.sc.matmul import GPU_BACKENDS, backend_module, chunk_slices
 from scspec.sc.streams import resolve_streams
 
-GOLDEN_PATH = Path(__file__).parent / "golden" / "sc_matmul.npz"
 GOLDEN_CASES = 54
 RANDOM_CASES = 200
 BACKENDS = ("reference", "cpu", "triton")
@@ -39,27 +36,18 @@ def device_of(backend):
     return DEVICE if backend in GPU_BACKENDS else torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def golden():
-    with np.load(GOLDEN_PATH) as file:
-        return dict(file)
-
-
-def test_golden_file_is_complete(golden):
-    cases = json.loads(str(golden["cases"]))
-    assert len(cases) == GOLDEN_CASES
-    assert set(golden) == {"cases", *(f"{name}{i}" for name in "aby" for i in range(GOLDEN_CASES))}
+def test_golden_cases_are_complete():
+    with np.load(PATH) as file:
+        assert set(file.files) == {"cases", *(f"{name}{i}" for name in "aby" for i in range(GOLDEN_CASES))}
+    assert len(golden_cases()) == GOLDEN_CASES
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("case", range(GOLDEN_CASES))
-def test_golden_case(golden, case, backend):
-    knobs = json.loads(str(golden["cases"]))[case]
-    a, b, expected = (golden[f"{name}{case}"] for name in "aby")
-    out = multiply(torch.from_numpy(a), torch.from_numpy(b), backend=backend, **knobs)
+@pytest.mark.parametrize("case", golden_cases(), ids=range(GOLDEN_CASES))
+def test_golden_case(case, backend):
+    out = multiply(case.a, case.b, backend=backend, **case.knobs)
     assert out.dtype == torch.float32
-    assert out.shape == expected.shape
-    assert np.abs(out.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert case.error(out) <= TOLERANCE
 
 
 # ---------------------------------------------------------------------------------------------- random cases

@@ -4,20 +4,18 @@ More of their counts in `test_sc_matmul`: golden vectors, single bits. What `cud
 """
 
 import itertools
-import json
 
-import numpy as np
 import pytest
 import torch
 from compile_sm90 import compiled
 from interpreter import DEVICE, DTYPES
-from test_sc_matmul import GOLDEN_PATH
 
 from scspec import sc_matmul
 from scspec.invariant import triton as invariant
 from scspec.sc import cpu, reference, triton
 from scspec.sc.device import CHUNK, PackedWeight, device_tables
 from scspec.sc.encoding import encode
+from scspec.sc.golden import LINEAR_CASES, TOLERANCE, golden_cases, linear_error
 from scspec.sc.matmul import backend_module, chunk_slices
 from scspec.sc.streams import resolve_streams
 from scspec.sc.triton import ADD, SILU_MUL, STORE
@@ -123,16 +121,9 @@ def test_linear_of_other_streams(backend, sc_prec, stoc_len, grid):
 
 
 @each_backend
-@pytest.mark.parametrize("case", range(0, 40, 3))
+@pytest.mark.parametrize("case", range(0, LINEAR_CASES, 3))
 def test_linear_meets_the_golden_vectors(backend, case):
-    """The first 40 golden cases are linear layers in chunks of 128."""
-    with np.load(GOLDEN_PATH) as file:
-        knobs = json.loads(str(file["cases"]))[case]
-        a, b, expected = (torch.from_numpy(file[f"{name}{case}"]).to(DEVICE) for name in "aby")
-    assert (knobs.pop("granularity"), knobs.pop("chunk_d")) == ("per_row", CHUNK)
-    spec = resolve_streams("bipolar", **knobs)
-    out = linear(backend, a, packed(b, spec), spec)
-    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert linear_error(golden_cases()[case], backend, DEVICE) <= TOLERANCE
 
 
 @each_backend

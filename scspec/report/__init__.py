@@ -16,6 +16,7 @@ Text from prompts, models and files reaches them escaped: in HTML by the templat
 Cells of different platforms (device, dtype, backend) share no chart, table or verdict.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,25 @@ def build_report(cell_paths: Iterable[Path | str], plan: dict[str, Any], out_pat
     write_table(run.summary, out_path.with_suffix(""))
     write_page(out_path, "index.html.j2", index_page(run, out_path.stem, shortest))
     return run.summary
+
+
+def report_plan(plan_path: Path, out_path: Path) -> None:
+    """Writes the report of the cells of a plan's file (`cells.plan`) that have been run; see `build_report`.
+
+    Raises ValueError naming the file if it is no plan or none of its cells has been run, FileNotFoundError without it.
+    """
+    if not plan_path.exists():
+        raise FileNotFoundError(f"{plan_path}: no such file; snakemake writes it: results/plan.json")
+    try:
+        plan = json.loads(plan_path.read_text(encoding="utf-8"))
+        paths = [Path(cell["path"]) for cell in plan["cells"]]
+    except (ValueError, KeyError, TypeError) as error:
+        again = "again: snakemake --cores 1 results/plan.json"
+        raise ValueError(f"{plan_path}: no plan of a run ({type(error).__name__}: {error}); {again}") from None
+    done = [path for path in paths if path.exists()]
+    if not done:
+        raise ValueError(f"{plan_path}: none of its {len(paths)} cells has been run yet; run: snakemake --cores all")
+    build_report(done, plan, out_path)
 
 
 def _write_cells(run: Run, folder: Path) -> None:

@@ -14,4 +14,4 @@ rule fetch_model:
     params:
         name=lambda wildcards: MODELS[wildcards.model],
     shell:
-        "{PYTHON:q} -m scspec fetch {params.name:q} --manifest {output:q} > {log:q} 2>&1"
+        "{PYTHON:q} -m scspec models fetch {params.name:q} --manifest {output:q} > {log:q} 2>&1"
