@@ -57,6 +57,8 @@ DOCUMENTS = [
     for folder, pattern in ((REPOSITORY, "*.md"), (REPOSITORY / "docs", "*.md"), (REPOSITORY / "prompts", "*.md"))
     for path in sorted(folder.glob(pattern))
 ]
+#: Those that speak of the project as it is, and not of what it was.
+CURRENT = [doc for doc in DOCUMENTS if doc.path.name != "CHANGELOG.md"]
 
 
 def document(name: str) -> Document:

@@ -8,26 +8,34 @@ import subprocess
 import sys
 
 import pytest
-from documents import DOCUMENTS, REPOSITORY, document
+from documents import CURRENT, REPOSITORY, document
 from fake_cells import fake_grid, write_fake_grid
 from report_pages import SMALL
 
 from scspec.cells import expand
 from scspec.config import load_experiment, read_config
 
-WITH_PYTHON = [doc for doc in DOCUMENTS if doc.blocks("python")]
+WITH_PYTHON = [doc for doc in CURRENT if doc.blocks("python")]
+#: Snakemake's own parser over lists of arguments, one start for all.
+PARSE = """
+import json, sys
+from snakemake.cli import parse_args
+for line in json.load(sys.stdin):
+    parse_args(line)
+print("parsed")
+"""
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "300"}
 
 
 def commands(program: str) -> list[str]:
     """The command lines of a program in the documents: code, and lines of blocks; each once."""
-    found = [code for doc in DOCUMENTS for code in doc.code]
-    found += [line for doc in DOCUMENTS for block in doc.blocks("sh", "bash") for line in block.splitlines()]
+    found = [code for doc in CURRENT for code in doc.code]
+    found += [line for doc in CURRENT for block in doc.blocks("sh", "bash") for line in block.splitlines()]
     return sorted({text.split("  #")[0] for text in found if text.startswith(f"{program} ")})
 
 
-def run(*command: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
+def run(*command: str, given: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, input=given, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("doc", WITH_PYTHON, ids=lambda doc: str(doc.path.relative_to(REPOSITORY)))
@@ -59,15 +67,7 @@ def test_scspecs_command_lines_name_commands_and_options_that_exist(line):
 def test_snakemakes_command_lines_parse():
     lines = [shlex.split(line)[1:] for line in commands("snakemake")]
     lines.remove(["--help"])  # ends the process that parses it
-    parse = "for line in json.load(sys.stdin): parse_args(line)"
-    command = [
-        sys.executable,
-        "-c",
-        f"import json, sys\nfrom snakemake.cli import parse_args\n{parse}\nprint('parsed')",
-    ]
-    parsed = subprocess.run(
-        command, cwd=REPOSITORY, env=ENVIRONMENT, input=json.dumps(lines), capture_output=True, text=True
-    )
+    parsed = run(sys.executable, "-c", PARSE, given=json.dumps(lines))
     assert parsed.stdout == "parsed\n", parsed.stderr
     assert ["--cores", "all"] in lines
 
