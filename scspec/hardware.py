@@ -1,7 +1,7 @@
 """What decoding would cost on stochastic hardware: multiply-accumulates (MACs) and cycles -> speedups and energy.
 
 A MAC in stochastic computing keeps its gate busy for `stoc_len` clock cycles, so all costs are *MAC-cycles*: MACs times
-stream length (DESIGN section 4). Everything is relative to plain decoding on the same array; NaN goes through.
+stream length (docs/method.md). Everything is relative to plain decoding on the same array; NaN goes through.
 
 Not covered: converters between numbers and streams, what is not a matmul, traffic of the KV cache and of activations;
 the row by which a draft takes in its last proposal when all were accepted, at most one draft row a block. GPU time is
@@ -112,7 +112,7 @@ def total_cost(cost: dict[str, dict[str, float | None]], quantity: str, *, lm_he
 
 
 def relative_cost(draft_cycles: ArrayLike, target_cycles: ArrayLike) -> np.ndarray:
-    """Return c, the cost of a draft token in target tokens: MACs_d L_d / (MACs_t L_t) (DESIGN section 4)."""
+    """Return c, the cost of a draft token in target tokens: MACs_d L_d / (MACs_t L_t)."""
     return np.divide(draft_cycles, target_cycles)
 
 

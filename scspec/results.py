@@ -1,8 +1,8 @@
 """The Parquet file of a cell: one row per block (one target pass), written atomically and read strictly.
 
-Nothing is aggregated here: `stats` derives every quantity from these rows. What a block is and what its
-counters must satisfy is Seam 2 of docs/architecture.md, the columns are Seam 3. A replayed cell of sampled text has a
-row for each block that could be, with its expected number as `weight`; in all others every weight is 1.
+Nothing is aggregated here: `stats` derives every quantity from these rows. What a block is and what its counters must
+satisfy is Seam 2 of docs/architecture.md; what the columns mean is in docs/results.md. A replayed cell of sampled text
+has a row for each block that could be, with its expected number as `weight`; in all others every weight is 1.
 """
 
 import json

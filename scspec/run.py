@@ -12,7 +12,7 @@ from scspec.task import Save, Task
 
 
 def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: int = 1, gpus: int = 1) -> None:
-    """Decode the cell's prompts and write its Parquet file (docs/architecture.md, "Seam 3") to `output`.
+    """Decode the cell's prompts and write its Parquet file (docs/results.md) to `output`.
 
     Everything cheap is checked before a model is loaded: ValueError names what is wrong. `prompts_per_batch` prompts
     are decoded side by side, and each model's layers lie on the first `gpus` GPUs; neither these nor `threads` change a

@@ -1,4 +1,4 @@
-"""Synthetic cells with known truth, rows as in Seam 3, for the tests of results, stats, charts and report.
+"""Synthetic cells with known truth, rows of SCHEMA, for the tests of results, stats, charts and report.
 
 Agreement is a property of positions in the target's text, as it is for greedy decoding: a two-state Markov chain
 with mean `alpha` and lag-1 `autocorrelation`. Blocks of any gamma are cut from that text.
@@ -175,7 +175,7 @@ PROCESSORS = {"cpu": "a processor", "cuda": "an accelerator"}
 
 
 def fake_metadata(keys, **changed):
-    """File metadata with every key of Seam 3."""
+    """File metadata with every key that a cell needs."""
     greedy = {"do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     sampled = {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95}
     metadata = {

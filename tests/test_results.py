@@ -22,26 +22,6 @@ from scspec.results import (
     write_cell,
 )
 
-# Seam 3 of docs/architecture.md, word for word.
-SEAM_3 = {
-    **dict.fromkeys(["cell_id", "pair", "arm"], pa.string()),
-    **dict.fromkeys(["stoc_len", "sc_prec", "gamma", "sampling_seed", "sc_seed"], pa.int32()),
-    **dict.fromkeys(["target_model", "draft_model"], pa.string()),
-    **dict.fromkeys(["target_stoc_len", "draft_stoc_len", "target_sc_prec", "draft_sc_prec"], pa.int32()),
-    **dict.fromkeys(["target_sc_seed", "draft_sc_seed"], pa.int32()),
-    **dict.fromkeys(["target_settings", "draft_settings", "device", "backend", "method"], pa.string()),
-    "do_sample": pa.bool_(),
-    **dict.fromkeys(["prompt_id", "category"], pa.string()),
-    **dict.fromkeys(["turn", "prompt_tokens", "block", "start"], pa.int32()),
-    "weight": pa.float64(),
-    **dict.fromkeys(["proposed_ids", "emitted_ids"], pa.list_(pa.int32())),
-    **dict.fromkeys(["accepted", "kept"], pa.int32()),
-    "beta": pa.list_(pa.float64()),
-    "margin": pa.list_(pa.float32()),
-    "stop": pa.string(),
-    **dict.fromkeys(["draft_time_s", "verify_time_s"], pa.float64()),
-}
-
 
 @pytest.fixture
 def keys():
@@ -68,10 +48,6 @@ def plain(value):
 
 def hidden(folder):
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
-
-
-def test_schema_is_seam_3():
-    assert {field.name: field.type for field in SCHEMA} == SEAM_3
 
 
 def test_what_is_written_is_read(cell, keys, rows):

@@ -151,8 +151,8 @@ def autocorrelated(gamma, positions=30_000):
 
 def test_alpha_is_the_same_at_every_gamma_and_alpha_evaluated_is_not():
     """Truth: alpha is 0.7; alpha_evaluated at gamma 1 is 0.42 / 0.672 = 0.625 (stationary share of the chain of
-    evaluated positions: 0.748 after an agreement, two steps on, and 0.42 after a rejection); DESIGN 4 states 0.63,
-    0.66, 0.69, 0.69. A mean over 30,000 positions with autocorrelation 0.4 has the standard deviation
+    evaluated positions: 0.748 after an agreement, two steps on, and 0.42 after a rejection); docs/method.md states
+    0.63, 0.66, 0.69, 0.69. A mean over 30,000 positions with autocorrelation 0.4 has the standard deviation
     sqrt(0.21 * 1.4 / 0.6 / 30,000) = 0.0041, that over the 18,500 evaluated ones at gamma 1 0.0050, at larger gamma
     less. Tolerances are 4 of them: under 1 in 15,000 a comparison."""
     found = {gamma: summary_of(autocorrelated(gamma)) for gamma in GAMMAS}

@@ -49,7 +49,7 @@ _MEASURED = [
 def _pooled(table: pd.DataFrame) -> pd.DataFrame:
     """A row per draft, target length and sc_prec: alpha of its cells, which differ in gamma or seeds, by tokens.
 
-    alpha estimates the same number whatever gamma is (DESIGN section 4), so cells of all gammas say what it is.
+    alpha estimates the same number whatever gamma is (docs/method.md), so cells of all gammas say what it is.
     """
     table = table.assign(agreed=table["alpha"] * table["tokens"])
     groups = table.groupby(["draft", "target_stoc_len", "draft_stoc_len", "sc_prec"], sort=False)

@@ -91,7 +91,7 @@ def _modules_labels(cell) -> list[str]:
 
 
 def unscrambled(cells: pd.DataFrame) -> pd.Series:
-    """Where the target's streams are the bare Sobol sequence: stoc_len = 2**sc_prec, without halving (DESIGN 4)."""
+    """Where the target's streams are the bare Sobol sequence: stoc_len = 2**sc_prec, without halving."""
     halved = cells["target_settings"].map(lambda text: json.loads(text).get("sc_halve_bipolar", False))
     whole = cells["target_stoc_len"] == 2 ** cells["target_sc_prec"]
     return whole.fillna(False).astype(bool) & ~halved.astype(bool)

@@ -72,7 +72,7 @@ def one_kind(cells: pd.DataFrame) -> None:
 
 
 def alpha_title(cells: pd.DataFrame) -> str:
-    """What alpha is: two different quantities (DESIGN 4), so a chart holds one of them."""
+    """What alpha is: two different quantities (docs/method.md), so a chart holds one of them."""
     return f"alpha ({'mean overlap' if cells['do_sample'].iloc[0] else 'agreement'} per emitted token)"
 
 

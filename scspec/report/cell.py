@@ -58,7 +58,7 @@ def cell_page(
 ) -> dict[str, Any]:
     """What the template of a cell shows.
 
-    cell: its row of the summary; blocks: its rows of Seam 3; prompts: its `prompt_totals`; metadata: its file's; root:
+    cell: its row of the summary; blocks: its rows of SCHEMA; prompts: its `prompt_totals`; metadata: its file's; root:
     where the index lies, as "../../". Tokens are read with the target's tokenizer, prompts from the file that
     `metadata` names.
     """

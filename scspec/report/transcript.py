@@ -63,7 +63,7 @@ def tokenizer_here(model: str) -> Tokenizer | None:
 def transcript(blocks: Mapping[str, Iterable], tokenizer: Tokenizer | None, max_tokens: int) -> Transcript:
     """The text of one prompt and turn, block by block.
 
-    blocks: TRANSCRIPT_COLUMNS of Seam 3 (a table, or a dict of columns), the rows in order and each of weight 1.
+    blocks: TRANSCRIPT_COLUMNS of SCHEMA (a table, or a dict of columns), the rows in order and each of weight 1.
 
     Proposals after the first rejected one were never evaluated, and are left out; so is what a block emits beyond the
     token budget. The first blocks are shown, up to the one that reaches `max_tokens`. A token that ends within a

@@ -28,7 +28,7 @@ class Encoded:
 
 
 def encode(x: torch.Tensor, spec: StreamSpec, granularity: str, group: int = 1) -> Encoded:
-    """Return x (..., rows, D) float32 quantised with one scale per scope (Eq. of DESIGN section 2).
+    """Return x (..., rows, D) float32 quantised with one scale per scope (docs/method.md, "Codes").
 
     per_row: a scale per `group` consecutive rows; per_head: per leading index; per_tensor: one.
     """

@@ -1,6 +1,6 @@
 """Sobol bit streams and the tables that follow from them. Integer arithmetic only (numpy).
 
-Source: DESIGN of the published `scmp_kernels`: Sobol points in Gray-code order (Antonov & Saleev 1979),
+Source: the published `scmp_kernels` (docs/method.md): Sobol points in Gray-code order (Antonov & Saleev 1979),
 one sequence for each operand, decorrelated between dimensions by an xor scramble.
 
 Not covered here: floating-point values and their quantisation (`encoding`), counting (`reference`, `cpu`).

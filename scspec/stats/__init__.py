@@ -1,4 +1,4 @@
-"""Tables of blocks -> estimates with intervals (DESIGN section 4); tables of texts -> quality of the target.
+"""Tables of blocks -> estimates with intervals (docs/method.md); tables of texts -> quality of the target.
 
     tally.py      blocks -> sums over the blocks of each prompt, once for all that follows
     sums.py       the estimators, functions of sums

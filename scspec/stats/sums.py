@@ -1,4 +1,4 @@
-"""Sums over blocks, and the estimates that are functions of them (DESIGN section 4)."""
+"""Sums over blocks, and the estimates that are functions of them (docs/method.md)."""
 
 from dataclasses import dataclass
 
@@ -66,7 +66,7 @@ def survival(sums: Sums) -> np.ndarray:
 
 
 def tau(sums: Sums) -> np.ndarray:
-    """Block efficiency: emitted tokens per target pass, 1 + sum_i P(accepted >= i) (DESIGN 4)."""
+    """Block efficiency: emitted tokens per target pass, 1 + sum_i P(accepted >= i) (docs/method.md)."""
     return 1 + survival(sums).sum(axis=0)
 
 

@@ -22,6 +22,7 @@ TRAJECTORIES = {
     its.trajectory.id: its.trajectory for its in (*_predictions, *QUALITY.values())
 }
 MODELS = manifest_names(_cells)
+NOT_RUN = "".join(f"invalid combination, not run: {its}\n" for its in INVALID)
 PLAN = (
     json.dumps(plan(EXPERIMENT, _cells, INVALID, _quality), indent=1, sort_keys=True)
     + "\n"
@@ -33,15 +34,17 @@ if workflow.is_main_process:
     onstart:
         hold_folder(Path("results"))
 
-    for combination in INVALID:
-        print(f"invalid combination, not run: {combination}", file=sys.stderr)
+    print(NOT_RUN, end="", file=sys.stderr)
 
 
 rule plan:
     output:
         "results/plan.json",
+    log:
+        "results/logs/plan.log",
     localrule: True
     params:
         sha256=hashlib.sha256(PLAN.encode()).hexdigest(),
     run:
         Path(output[0]).write_text(PLAN, encoding="utf-8")
+        Path(log[0]).write_text(NOT_RUN, encoding="utf-8")
