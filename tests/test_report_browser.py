@@ -71,13 +71,15 @@ def without_policy(page):
     return stripped
 
 
-def probed(page, script):
-    """The page with one script more, which runs when its charts are drawn; `note(name, value)` leaves an attribute."""
+def probed(page, script, early=False):
+    """The page with one script more, which runs when its charts are drawn, or before they are; `note(name, value)`
+    leaves an attribute."""
     (nonce,) = set(re.findall(r'nonce="(\w+)"', page))
     note = "const note = (name, value) => document.documentElement.setAttribute('data-' + name, JSON.stringify(value));"
-    wrapped = f"setTimeout(async () => {{ {note} {script} }}, 5000);"
-    before, _, after = page.rpartition("</body>")  # Vega has one in a string
-    return f'{before}<script nonce="{nonce}">{wrapped}</script></body>{after}'
+    wrapped = f"{{ {note} {script} }}" if early else f"setTimeout(async () => {{ {note} {script} }}, 5000);"
+    place = '<script type="application/json" id="charts">' if early else "</body>"
+    before, _, after = page.rpartition(place)  # Vega has a body in a string
+    return f'{before}<script nonce="{nonce}">{wrapped}</script>{place}{after}'
 
 
 def noted(document, name):
@@ -131,6 +133,28 @@ def test_a_click_in_a_legend_isolates_a_draft_in_all_charts(tmp_path, report, pa
     assert noted(document, "changed") == ["alpha", "tau"]
     grid = report.summary[(report.summary["pair"] == "smollm2-shorter") & (report.summary["arm"] == "sc_sc")]
     assert noted(document, "faint") == len(grid) * 2 / 3  # of three drafts one is picked
+
+
+EARLY = """
+  const point = ".mark-symbol path[aria-roledescription=point][opacity='0.12']";
+  const faint = id => document.querySelectorAll(`#${id} ${point}`).length;
+  new MutationObserver((_, observer) => {
+    const entry = document.querySelector("#alpha-0 .role-legend-symbol path");
+    if (!entry) return;
+    observer.disconnect();
+    note("later", document.querySelector("#tau-0 svg") === null);
+    entry.dispatchEvent(new MouseEvent("click", {bubbles: true}));
+  }).observe(document.getElementById("alpha-0"), {childList: true, subtree: true});
+  setTimeout(() => note("faint", [faint("alpha-0"), faint("tau-0")]), 6000);
+"""
+
+
+def test_a_draft_picked_before_all_charts_are_drawn_is_picked_in_those_that_follow(tmp_path, report, page):
+    document, console, _ = visit(tmp_path, probed(page, EARLY, early=True))
+    assert console == []
+    assert noted(document, "later") is True
+    grid = report.summary[(report.summary["pair"] == "smollm2-shorter") & (report.summary["arm"] == "sc_sc")]
+    assert noted(document, "faint") == [len(grid) * 2 / 3] * 2
 
 
 SLIDER = """
