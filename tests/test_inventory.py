@@ -110,6 +110,8 @@ def test_a_manifest_goes_before_the_cache(snapshot: Path, tmp_path: Path) -> Non
 
 
 def test_the_command_line_lists_and_verifies(alias: str, capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert main(["models", "verify"]) == 0
+    assert capsys.readouterr().out == "no model is on this machine; fetch one: scspec models fetch NAME\n"
     folder = aliases.fetch_alias(alias)
     assert main(["models", "list"]) == 0
     assert capsys.readouterr().out == f"fake: 0.00 GB in {folder} (a fake)\n"

@@ -52,8 +52,10 @@ def verify(
     """Compare the hashes of files that are here with pins and manifests; exit code 1 if one is another."""
     from scspec.inventory import verifiable, verify
 
-    wrong = 0
-    for model in [name] if name else verifiable(manifests):
+    wrong, models = 0, [name] if name else verifiable(manifests)
+    if not models:
+        print("no model is on this machine; fetch one: scspec models fetch NAME")
+    for model in models:
         for verdict in verify(model, manifests):
             state, says = ("WRONG", verdict.fault) if verdict.fault else ("ok", f"as {verdict.against} has it")
             print(f"{state:5} {verdict.file}: {says}", flush=True)
