@@ -81,11 +81,11 @@ def verify(name: str, manifests: Path) -> Iterator[Verdict]:
 
 def verifiable(manifests: Path) -> list[str]:
     """Return the names of the models that are here and can be verified: all of `models_here`, and local folders that
-    have a manifest.
+    have a manifest. A manifest of a model that has gone counts for nothing.
     """
     here = [model.name for model in models_here() if model.folder]
     named = [_read(path).get("name") for path in sorted(manifests.glob("*.json"))]
-    return [*here, *(name for name in named if name and name not in here and name not in ALIASES)]
+    return [*here, *(name for name in named if name and name not in here and folder_here(name))]
 
 
 def _verify_alias(name: str, folder: Path) -> Iterator[Verdict]:

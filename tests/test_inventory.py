@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny import tiny_config
 
 from scspec import aliases
 from scspec.cli import main
@@ -27,6 +28,7 @@ class FakeModel:
 
 @pytest.fixture
 def alias(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    monkeypatch.chdir(tmp_path)  # without a folder of results
     monkeypatch.setenv("SCSPEC_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -127,6 +129,7 @@ def test_a_local_folder_is_verified_by_the_manifest_that_was_fetched(
 ) -> None:
     folder, manifests = tmp_path / "local", tmp_path / "manifests"
     folder.mkdir()
+    tiny_config().save_pretrained(folder)
     (folder / "model.safetensors").write_text("weights")
     manifest = manifests / f"{manifest_name(str(folder))}.json"
     options = ["--manifests", str(manifests)]
@@ -137,6 +140,8 @@ def test_a_local_folder_is_verified_by_the_manifest_that_was_fetched(
     assert main(["models", "fetch", str(folder), "--manifest", str(manifest)]) == 0
     assert main(["models", "verify", *options]) == 0
     assert f"ok    {folder}/model.safetensors: as {manifest} has it" in capsys.readouterr().out
+    folder.rename(tmp_path / "gone")
+    assert main(["models", "verify", *options]) == 0
 
 
 @pytest.mark.parametrize(("text", "named"), [("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "no manifest")])
