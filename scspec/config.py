@@ -161,6 +161,19 @@ def read_config(path: str | Path) -> Any:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 
+def read_layered(path: str | Path) -> Any:
+    """Return what `snakemake --configfile` makes of a file: `config.yaml` of the working directory, if there is one,
+    with the file laid over it. Not yet checked; raises as `read_config`."""
+    from snakemake.utils import update_config
+
+    config, base = read_config(path), Path("config.yaml")
+    if not isinstance(config, dict) or not base.exists() or base.samefile(path):
+        return config
+    layered = read_config(base) or {}
+    update_config(layered, config)
+    return layered
+
+
 @functools.cache
 def _schema() -> dict[str, Any]:
     """Return the schema. Callers must not change it."""

@@ -19,6 +19,11 @@ from scspec.cli import main
 PROMPTS = [{"question_id": "one", "category": "letters", "turns": ["Hello"]}]
 
 
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # without a config.yaml
+
+
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture):
     """A function that runs a command line that is refused, and returns the one line on stderr."""
@@ -127,6 +132,17 @@ def test_impossible_combinations_are_listed_and_no_mistake(tmp_path: Path, capsy
     above = "target stoc_len 128 is above 2**sc_prec = 64"
     assert lines[1] == f"invalid, not run: tiny/sc_sc stoc_len=128 sc_prec=6: {above}"
     assert lines[2] == "1 cells, 1 invalid combinations"
+
+
+def test_a_file_is_laid_over_the_config_that_is_here(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config_file(tmp_path)
+    Path("mine.yaml").write_text(
+        "gamma: [2]\npairs: {tiny: {enabled: false}, mine: {target: {model: a}, draft: {model: b}}}\n"
+    )
+    assert main(["plan", "--configfile", "mine.yaml"]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "mine/sc_sc/L128_d128_p8_g2_s0_n0"
+    assert second == "1 cells, 0 invalid combinations"
 
 
 @pytest.mark.parametrize(

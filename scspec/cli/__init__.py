@@ -90,16 +90,18 @@ def _global(
 
 @app.command()
 def plan(
-    configfile: Annotated[Path, typer.Option(help="The experiment.")] = Path("config.yaml"),
+    configfile: Annotated[
+        Path, typer.Option(help="The experiment; as with Snakemake, laid over a config.yaml that is here.")
+    ] = Path("config.yaml"),
     alpha: Annotated[
         float, typer.Option(min=0, max=1, help="How likely a proposal is accepted, for the estimate.")
     ] = 0.7,
 ) -> None:
     """List the cells of an experiment and what cannot exist, and estimate tokens and device hours."""
-    from scspec.config import read_config
+    from scspec.config import read_layered
     from scspec.estimate import plan_lines
 
-    for line in plan_lines(read_config(configfile), alpha):
+    for line in plan_lines(read_layered(configfile), alpha):
         print(line)
 
 
