@@ -60,7 +60,7 @@ def check_stored_config(model: str, stored: Mapping[str, Any]) -> None:
     Comes before transformers reads the file: it cannot read unknown types, and asks on the terminal about code.
     model: what to call it, such as "model 'NAME'".
     """
-    family = FAMILIES.get(stored.get("model_type"))
+    family = FAMILIES.get(str(stored.get("model_type")))  # a broken file may have any JSON there
     classes = stored.get("architectures") or []
     own_code = "auto_map" in stored
     if family is None or (own_code and classes != [family.causal_lm]):

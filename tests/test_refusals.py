@@ -59,6 +59,7 @@ REFUSED = {
     ),
     "a type that transformers does not know": ("llama", {"model_type": "llama9"}, "model_type='llama9' (no class"),
     "no type": ("llama", {"model_type": None}, "model_type=None"),
+    "a type that is no name": ("llama", {"model_type": ["llama"]}, "model_type=['llama'] (no class"),
     "code of its own": (
         "llama",
         {"model_type": "own", "architectures": ["OwnLM"], "auto_map": {"AutoModelForCausalLM": "own.OwnLM"}},
