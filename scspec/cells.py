@@ -181,7 +181,7 @@ def _knob_fault(target: Side, draft: Side) -> tuple[float | None, str] | None:
         try:
             resolve_knobs(side.sc)
         except ValueError as error:
-            return (side.sc["sc_stoc_len"] if name == "draft" else None), f"{name} {error}"
+            return (side.sc["sc_stoc_len"] if side.sc and name == "draft" else None), f"{name} {error}"
     return None
 
 

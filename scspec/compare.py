@@ -117,7 +117,7 @@ def _pairs(keys: Mapping[str, pd.DataFrame]) -> list[tuple[str, str]]:
         return [(a["cell_id"].iloc[0], b["cell_id"].iloc[0])]
     for cells in keys.values():
         _check_one_each(cells)
-    pairs = {}
+    pairs: dict[str, str] = {}
     for columns in ((*MATCH_COLUMNS, "method"), MATCH_COLUMNS):
         free_a, free_b = a[~a["cell_id"].isin(list(pairs))], b[~b["cell_id"].isin(list(pairs.values()))]
         both = free_a.merge(free_b, on=list(columns), suffixes=("_a", "_b"))  # a null is equal to a null
@@ -144,7 +144,7 @@ def _texts(blocks: pd.DataFrame, pairs: list[tuple[str, str]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=TEXT_COLUMNS).astype({**_TEXT_TYPES, "equal": bool})
 
 
-def _text_rows(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple]:
+def _text_rows(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple[Any, ...]]:
     """The rest of TEXT_COLUMNS for each prompt that both have; none if a prompt has another number of tokens."""
     asked_a, asked_b = (cell[cell["turn"] == 0].groupby("prompt_id")["prompt_tokens"].first() for cell in (a, b))
     if not asked_a.equals(asked_b):
@@ -153,7 +153,7 @@ def _text_rows(a: pd.DataFrame, b: pd.DataFrame) -> list[tuple]:
     return [(prompt_id, *_parting(text, texts_b[prompt_id])) for prompt_id, text in _prompt_texts(a)]
 
 
-def _prompt_texts(cell: pd.DataFrame) -> Iterator[tuple[str, list[tuple]]]:
+def _prompt_texts(cell: pd.DataFrame) -> Iterator[tuple[str, list[tuple[Any, ...]]]]:
     """Yields (prompt_id, (turn, position, token, margin) of each kept token, in order)."""
     for prompt_id, its in cell.groupby("prompt_id"):
         columns = (its[name] for name in ("turn", "start", "kept", "emitted_ids", "margin"))
@@ -167,7 +167,7 @@ def _prompt_texts(cell: pd.DataFrame) -> Iterator[tuple[str, list[tuple]]]:
         )
 
 
-def _parting(a: list[tuple], b: list[tuple]) -> tuple:
+def _parting(a: list[tuple[Any, ...]], b: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     """(equal, turn, position, token_a, token_b, margin_a, margin_b) of two texts of a prompt."""
     for its_a, its_b in zip_longest(a, b):
         if its_a is None or its_b is None or its_a[:3] != its_b[:3]:
@@ -211,4 +211,5 @@ def _interval_text(low: float, high: float, kind: str) -> str:
 
 
 def _plain(table: pd.DataFrame) -> str:
-    return table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
+    text: str = table.to_string(index=False, float_format="{:.4f}".format, na_rep="-")
+    return text

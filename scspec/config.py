@@ -132,6 +132,7 @@ def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
         *("threads_per_cell", "prompts_per_batch", "gpus", "cells_per_gpu", "demonstration"),
     )
     axes = ("stoc_len", "sc_prec", "sc_modules", "gamma", "sc_seed", "sampling_seed")
+    values: dict[str, Any] = {key: settings[key] for key in plain} | {axis: tuple(settings[axis]) for axis in axes}
     return Experiment(
         pairs=tuple(
             _pair(name, pair, settings["dtype"], settings["method"])
@@ -142,8 +143,7 @@ def load_experiment(mapping: Mapping[str, Any]) -> Experiment:
         controls=_controls(settings),
         quality=QualityConfig(**settings["quality"]),
         settings=settings,
-        **{key: settings[key] for key in plain},
-        **{axis: tuple(settings[axis]) for axis in axes},
+        **values,
     )
 
 
@@ -177,7 +177,8 @@ def read_layered(path: str | Path) -> Any:
 @functools.cache
 def _schema() -> dict[str, Any]:
     """Return the schema. Callers must not change it."""
-    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+    schema: dict[str, Any] = yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+    return schema
 
 
 def _normalise(value: Any, schema: Mapping[str, Any]) -> Any:
@@ -231,16 +232,18 @@ def _check_schema(settings: Any) -> None:
 def _message(error: jsonschema.ValidationError) -> str:
     """Return one line: where, which value, what is allowed."""
     where = _key_path(error.absolute_path)
+    schema: Any = error.schema
+    instance: Any = error.instance
     if error.validator == "additionalProperties":
-        allowed = list(error.schema["properties"])
-        unknown = next(key for key in error.instance if key not in allowed)
+        allowed = list(schema["properties"])
+        unknown = next(key for key in instance if key not in allowed)
         close = difflib.get_close_matches(unknown, allowed, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return f"{where}: unknown key {unknown!r}{hint}; allowed: {', '.join(allowed)}"
     if error.validator == "required":
-        missing = next(key for key in error.schema["required"] if key not in error.instance)
-        return f"{where}: missing key {missing!r}; needed: {', '.join(error.schema['required'])}"
-    return f"{where}: {_short(error.instance)} is not allowed; allowed: {error.schema['description']}"
+        missing = next(key for key in schema["required"] if key not in instance)
+        return f"{where}: missing key {missing!r}; needed: {', '.join(schema['required'])}"
+    return f"{where}: {_short(instance)} is not allowed; allowed: {schema['description']}"
 
 
 def _key_path(parts: Iterable[str | int]) -> str:

@@ -78,7 +78,7 @@ def _packages() -> Iterator[Finding]:
     needed = [Requirement(line) for line in project["dependencies"]]
     needed = [each for each in needed if each.marker is None or each.marker.evaluate()]
     here = {each.name: _version(each.name) for each in needed}
-    wrong = [each for each in needed if not (here[each.name] and each.specifier.contains(here[each.name], True))]
+    wrong = [each for each in needed if not ((version := here[each.name]) and each.specifier.contains(version, True))]
     for each in wrong:
         yield Finding(BROKEN, each.name, f"{here[each.name] or 'not installed'}, needs {each.specifier}; {INSTALL}")
     if not wrong:

@@ -22,7 +22,8 @@ from scspec.cells import expand, qualities
 from scspec.config import LOOP, REPLAY, Experiment, load_experiment
 from scspec.hardware import macs_per_token
 from scspec.jobs import POSITIONS_PER_PASS, Cell, Predictions, Quality, Side, Trajectory
-from scspec.prompts import Prompt, load_prompts
+from scspec.prompt_rows import Prompt
+from scspec.prompts import load_prompts
 from scspec.stats import predicted_tau
 
 #: SmolLM2's tokenizer on prompts/bench48.jsonl makes 4.2 characters a token; chat templates add some 30 tokens.
@@ -110,23 +111,27 @@ class Estimator:
         if self.rates is None:
             unknown.append(f"no rates of backend {self.experiment.backend} have been measured")
         tokens = self.turns * self.budget * sum(isinstance(job, Cell | Trajectory) for job in jobs)
-        hours = None if unknown else sum(map(self._seconds, jobs)) * self.experiment.gpus / 3600
+        hours = None
+        if self.rates is not None and not unknown:
+            hours = sum(self._seconds(job, self.rates) for job in jobs) * self.experiment.gpus / 3600
         return PairEstimate(pair, len(jobs), tokens, hours, tuple(unknown))
 
     def _shape(self, side: Side) -> SimpleNamespace | None:
         """Return the sizes of a side's model, without the layers it leaves out; None where they are not known here."""
         config = self._config(side.model)
-        layers = config and config["num_hidden_layers"] - len(side.skip_layers)
-        return config and SimpleNamespace(**{**config, "num_hidden_layers": layers})
+        if config is None:
+            return None
+        return SimpleNamespace(**{**config, "num_hidden_layers": config["num_hidden_layers"] - len(side.skip_layers)})
 
-    def _seconds(self, job: Job) -> float:
-        return self.rates.start + sum(self._seconds_of(work) for work in self._work(job))
+    def _seconds(self, job: Job, rates: Rates) -> float:
+        return rates.start + sum(self._seconds_of(work, rates) for work in self._work(job))
 
-    def _seconds_of(self, work: _Passes) -> float:
-        shape, rates = self._shape(work.side), self.rates
-        macs = macs_per_token(shape)
+    def _seconds_of(self, work: _Passes, rates: Rates) -> float:
+        shape = self._shape(work.side)
+        assert shape is not None  # else the hours of its pair are unknown
+        macs, layers = macs_per_token(shape), int(shape.num_hidden_layers)
         weights = macs["linear"] + macs["lm_head"]
-        a_pass = shape.num_hidden_layers * rates.layer + weights * rates.weight
+        a_pass = layers * rates.layer + weights * rates.weight
         return weights * rates.pack + work.passes * a_pass + work.rows * sum(macs.values()) * rates.mac
 
     def _work(self, job: Job) -> list[_Passes]:
@@ -229,7 +234,8 @@ def _method_lines(experiment: Experiment, alpha: float) -> list[str]:
     cells, _ = expand(experiment)
     estimates = Estimator(experiment, alpha).by_pair(cells, qualities(experiment, cells))
     jobs, tokens = (sum(getattr(its, name) for its in estimates) for name in ("jobs", "tokens"))
-    hours = None if any(its.hours is None for its in estimates) else sum(its.hours for its in estimates)
+    known = [its.hours for its in estimates if its.hours is not None]
+    hours = sum(known) if len(known) == len(estimates) else None
     rows = [*estimates, PairEstimate("total", jobs, tokens, hours, ())]
     width = max(len(row.pair) for row in rows)
     device = "GPU" if experiment.device == "cuda" else "core"

@@ -49,9 +49,10 @@ _NOT_MODELLED = {
 }
 
 
-def head_dim(config) -> int:
+def head_dim(config: Any) -> int:
     """Return the width of an attention head; a configuration may leave it to the hidden size (Qwen2)."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return width
 
 
 def check_stored_config(model: str, stored: Mapping[str, Any]) -> None:
@@ -69,7 +70,7 @@ def check_stored_config(model: str, stored: Mapping[str, Any]) -> None:
         raise ValueError(f"{model}: {kind}{code}: not modelled; modelled are {_families()}")
 
 
-def check_config(model: str, config) -> None:
+def check_config(model: str, config: Any) -> None:
     """Raise ValueError, naming field and value, if a configuration has what is not modelled.
 
     model: what to call it. config: transformers' object, which has every field of its class.

@@ -62,7 +62,7 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return list(here.values())
-    found = (_uuid(name.strip(), here) for name in visible.split(","))
+    found = (_uuid(name.strip(), here) or "" for name in visible.split(","))
     return list(dict.fromkeys(takewhile(bool, found)))
 
 

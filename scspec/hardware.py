@@ -27,7 +27,7 @@ CONTEXT_TOKENS = 256
 _SWITCHES = {"linear": "use_sc_linear", "attention": "use_sc_attn", "lm_head": "sc_lm_head"}
 
 
-def module_macs(config, context_tokens: int = CONTEXT_TOKENS) -> dict[str, int]:
+def module_macs(config: Any, context_tokens: int = CONTEXT_TOKENS) -> dict[str, int]:
     """Return the MACs of one token by module, under the names that Hugging Face gives modules.
 
     "model.layers.3.self_attn" stands for both products of that layer's attention, over `context_tokens` positions.
@@ -57,7 +57,7 @@ def _part(module: str) -> str:
     return "attention" if module.endswith(".self_attn") else "linear"
 
 
-def macs_per_token(config, context_tokens: int = CONTEXT_TOKENS) -> dict[str, int]:
+def macs_per_token(config: Any, context_tokens: int = CONTEXT_TOKENS) -> dict[str, int]:
     """Return the MACs of one token by part: "linear", "attention" (both products, over the context), "lm_head"."""
     macs = dict.fromkeys(_SWITCHES, 0)
     for module, count in module_macs(config, context_tokens).items():
@@ -65,20 +65,20 @@ def macs_per_token(config, context_tokens: int = CONTEXT_TOKENS) -> dict[str, in
     return macs
 
 
-def sc_mac_share(config, context_tokens: int = CONTEXT_TOKENS) -> float:
+def sc_mac_share(config: Any, context_tokens: int = CONTEXT_TOKENS) -> float:
     """Return the fraction of a token's MACs, LM head included, that the knobs on `config` put under SC."""
     macs = macs_per_token(config, context_tokens)
     return sum(macs[part] for part, switch in _SWITCHES.items() if getattr(config, switch)) / sum(macs.values())
 
 
-def _streams_of(config) -> Callable[[str], StreamSpec]:
+def _streams_of(config: Any) -> Callable[[str], StreamSpec]:
     """Return what tells a module's streams by its name: the model's, but where `sc_modules` sets others."""
     patterns = deciding_patterns(config.sc_modules, module_macs(config))
     knobs = {name: getattr(config, name) for name in SC_CONFIG_DEFAULTS}
     return lambda module: stream_spec(SimpleNamespace(**{**knobs, **config.sc_modules.get(patterns.get(module), {})}))
 
 
-def cost_per_token(config, context_tokens: int = CONTEXT_TOKENS) -> dict[str, dict[str, float | None]]:
+def cost_per_token(config: Any, context_tokens: int = CONTEXT_TOKENS) -> dict[str, dict[str, float | None]]:
     """Return what one token costs, by part ("linear", "attention", "lm_head"); JSON can hold it.
 
     Of each part: "macs"; "mac_cycles", MACs times the stream length of each module; "weight_bytes", what a pass reads,
@@ -91,15 +91,15 @@ def cost_per_token(config, context_tokens: int = CONTEXT_TOKENS) -> dict[str, di
     streams_of, macs = _streams_of(config), module_macs(config, context_tokens)
     in_sc = {part: getattr(config, switch) for part, switch in _SWITCHES.items()}
     in_sc["lm_head"] = any(in_sc.values())
-    cost = {part: {"macs": 0, "mac_cycles": 0, "weight_bytes": 0.0} for part in _SWITCHES}
+    cost: dict[str, dict[str, float]] = {part: {"macs": 0, "mac_cycles": 0, "weight_bytes": 0.0} for part in _SWITCHES}
     for module, count in macs.items():
         part, streams = _part(module), streams_of(module)
         weights = 0 if part == "attention" else count  # a weight is in one MAC of each token
         cost[part]["macs"] += count
         cost[part]["mac_cycles"] += count * streams.stoc_len
         cost[part]["weight_bytes"] += weights * streams.sc_prec / 8
-    floating = dict.fromkeys(("mac_cycles", "weight_bytes"))
-    return {part: of_part if in_sc[part] else {**of_part, **floating} for part, of_part in cost.items()}
+    floating: dict[str, float | None] = dict.fromkeys(("mac_cycles", "weight_bytes"))
+    return {part: {**of_part, **({} if in_sc[part] else floating)} for part, of_part in cost.items()}
 
 
 def total_cost(cost: dict[str, dict[str, float | None]], quantity: str, *, lm_head: bool) -> float:
@@ -108,7 +108,8 @@ def total_cost(cost: dict[str, dict[str, float | None]], quantity: str, *, lm_he
     NaN where one of them has none: a model that is partly in floating point has no cost in cycles.
     """
     values = [of_part[quantity] for part, of_part in cost.items() if lm_head or part != "lm_head"]
-    return float("nan") if None in values else float(sum(values))
+    known = [value for value in values if value is not None]
+    return float(sum(known)) if len(known) == len(values) else float("nan")
 
 
 def relative_cost(draft_cycles: ArrayLike, target_cycles: ArrayLike) -> np.ndarray:
@@ -122,7 +123,8 @@ def speedup_at_once(tau: ArrayLike, gamma: ArrayLike, c: ArrayLike) -> np.ndarra
     tau: emitted tokens per target pass, 1..gamma + 1. c: `relative_cost`. Arguments broadcast.
     Source: Leviathan et al. 2023 (arXiv 2211.17192), theorem 3.8, with the tau that was measured.
     """
-    return np.divide(tau, np.multiply(gamma, c) + 1)
+    speedup: np.ndarray = np.divide(tau, np.multiply(gamma, c) + 1)
+    return speedup
 
 
 def speedup_in_turn(tau: ArrayLike, gamma: ArrayLike, c: ArrayLike) -> np.ndarray:
@@ -131,7 +133,8 @@ def speedup_in_turn(tau: ArrayLike, gamma: ArrayLike, c: ArrayLike) -> np.ndarra
     Never above 1, since tau is at most gamma + 1: speculation then saves nothing, which is a finding. Arguments as
     those of `speedup_at_once`.
     """
-    return np.divide(tau, np.multiply(gamma, c) + gamma + 1)
+    speedup: np.ndarray = np.divide(tau, np.add(np.multiply(gamma, c), gamma) + 1)
+    return speedup
 
 
 def energy_ratio(tau: ArrayLike, gamma: ArrayLike, c: ArrayLike) -> np.ndarray:
@@ -163,9 +166,9 @@ def pass_cycles(
     Source: Williams, Waterman & Patterson 2009, "Roofline" (CACM 52:4); its overlap of arithmetic and traffic.
     """
     if np.any(np.less(rows_at_once, 1)):
-        raise ValueError(f"rows_at_once={rows_at_once}: must be 1 or more")
+        raise ValueError(f"rows_at_once={np.asarray(rows_at_once)}: must be 1 or more")
     if np.any(np.less(cycles_per_byte, 0)):
-        raise ValueError(f"cycles_per_byte={cycles_per_byte}: must be 0 (no limit) or more")
+        raise ValueError(f"cycles_per_byte={np.asarray(cycles_per_byte)}: must be 0 (no limit) or more")
     groups = np.ceil(np.divide(rows, rows_at_once))
     return np.maximum(groups * mac_cycles, np.multiply(weight_bytes, cycles_per_byte))
 
@@ -190,7 +193,8 @@ def speedup_roofline(
     array = {"rows_at_once": rows_at_once, "cycles_per_byte": cycles_per_byte}
     draft_pass, plain_pass = pass_cycles(1, *draft, **array), pass_cycles(1, *target, **array)
     verification = pass_cycles(np.add(gamma, 1), *target, **array)
-    return np.multiply(tau, plain_pass) / (gamma * draft_pass + verification)
+    speedup: np.ndarray = np.multiply(tau, plain_pass) / (gamma * draft_pass + verification)
+    return speedup
 
 
 def speedup_over_other_length(

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scspec.aliases import ALIASES, CONVERTED_HASHES, folder_here
 from scspec.jobs import manifest_name
@@ -136,7 +137,7 @@ def _hashes(manifest: Path) -> dict[str, str]:
     return hashes
 
 
-def _read(path: Path) -> dict:
+def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -11,15 +11,27 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar, overload
 
 import numba
 
 from .provenance import sources_sha256
 
 _PACKAGE = Path(__file__).resolve().parent
+_CONFIG: Any = numba.config  # makes its attributes when it is imported: no checker sees them
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(function: Callable | None = None, *, parallel: bool = False) -> Callable:
+@overload
+def compiled(function: Function, *, parallel: bool = False) -> Function: ...
+
+
+@overload
+def compiled(*, parallel: bool = False) -> Callable[[Function], Function]: ...
+
+
+def compiled(function: Callable[..., Any] | None = None, *, parallel: bool = False) -> Callable[..., Any]:
     """Return `function` compiled on its first call, without the GIL; a decorator, with or without arguments.
 
     A compiled function that is not parallel itself but calls a parallel one, and comes from the cache, does not start
@@ -28,12 +40,13 @@ def compiled(function: Callable | None = None, *, parallel: bool = False) -> Cal
     if function is None:
         return functools.partial(compiled, parallel=parallel)
     folder = _cache_folder()
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = folder  # numba reads it when it decorates
+    before = _CONFIG.CACHE_DIR
+    _CONFIG.CACHE_DIR = folder  # numba reads it when it decorates
     try:
-        return numba.njit(function, cache=bool(folder), nogil=True, parallel=parallel)
+        machine_code: Callable[..., Any] = numba.njit(function, cache=bool(folder), nogil=True, parallel=parallel)
     finally:
-        numba.config.CACHE_DIR = before
+        _CONFIG.CACHE_DIR = before
+    return machine_code
 
 
 @functools.cache
@@ -45,7 +58,7 @@ def _cache_folder() -> str:
     """
     sources = sources_sha256()
     users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "scspec"
-    for place in [Path(numba.config.CACHE_DIR)] if numba.config.CACHE_DIR else [_PACKAGE / "__pycache__", users]:
+    for place in [Path(_CONFIG.CACHE_DIR)] if _CONFIG.CACHE_DIR else [_PACKAGE / "__pycache__", users]:
         folder = place / f"kernels-{sources[:16]}"
         try:
             folder.mkdir(parents=True, exist_ok=True)

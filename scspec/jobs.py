@@ -9,9 +9,9 @@ torch.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from scspec.config import Sampling
 
@@ -35,7 +35,7 @@ class Side:
     sc: dict[str, Any] | None = field(hash=False)
     skip_layers: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "skip_layers", tuple(self.skip_layers))  # JSON has lists
 
     @property
@@ -53,8 +53,13 @@ class Job:
     """
 
     folder: ClassVar[str]
-    id: str
-    sides: tuple[Side, ...]
+    if TYPE_CHECKING:  # a property of most jobs and a field of Cell, whose default a property here would be
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+        @property
+        def id(self) -> str: ...
+        @property
+        def sides(self) -> tuple[Side, ...]: ...
 
     def to_json(self) -> str:
         """Return the one canonical line: sorted keys, no spaces, ASCII."""
@@ -65,10 +70,11 @@ class Job:
         """Return what a line says. Raises `ValueError` if it is not JSON or its keys are not the dataclass's."""
         name = cls.__name__.lower()
         try:
-            return _built(cls, json.loads(text), name)
+            job: Self = _built(cls, json.loads(text), name)
         except json.JSONDecodeError as error:
             needed = f"the line that {cls.__name__}.to_json returns"
             raise ValueError(f"{name}: not JSON: {error}; needed: {needed}") from None
+        return job
 
     def digest(self) -> str:
         """Return the beginning of the line's SHA-256."""
@@ -232,6 +238,6 @@ def _built(kind: type, values: Any, where: str) -> Any:
     """Return the dataclass that a mapping describes, with the dataclasses in it."""
     values = _checked_keys(kind, values, where)
     for item in fields(kind):
-        if is_dataclass(item.type):
+        if isinstance(item.type, type) and is_dataclass(item.type):
             values[item.name] = _built(item.type, values[item.name], item.name)
     return kind(**values)

@@ -7,8 +7,9 @@ A model name is an alias (`aliases`: a file pinned by hash), a local folder, or 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ _FILES = ("*.json", "*.safetensors", "*.jinja", *_TOKENIZER_FILES)
 _STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
-def fetch_model(name: str) -> dict:
+def fetch_model(name: str) -> dict[str, Any]:
     """Return the manifest of model `name`, fetching it first where it is not here yet.
 
     Keys: name, source, sha256 (of an alias the GGUF file's, else {file: of the file}, tokenizer included), note. Raises
@@ -46,7 +47,8 @@ def fetch_model(name: str) -> dict:
     model that is not modelled, of which nothing but its configuration is fetched.
     """
     if name in ALIASES:
-        return json.loads((fetch_alias(name) / "manifest.json").read_text())
+        manifest: dict[str, Any] = json.loads((fetch_alias(name) / "manifest.json").read_text())
+        return manifest
     model_config(name)
     folder = local_folder(name)
     _weight_files(name, folder)
@@ -128,7 +130,7 @@ def model_config(name: str) -> PreTrainedConfig:
         raise ValueError(f"model {name!r}: config.json holds no object, but {type(stored).__name__}")
     check_stored_config(f"model {name!r}", stored)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except StrictDataclassError as error:
         raise ValueError(f"model {name!r}: config.json: {' '.join(str(error).split())}") from error
     check_config(f"model {name!r}", config)
@@ -141,11 +143,12 @@ def vocabulary_size(name: str) -> int:
     Many models pad their vocabulary to a round number. A folder without a tokenizer does not tell: then it is
     `vocab_size`. Raises ValueError as `model_config`.
     """
-    size = model_config(name).vocab_size
+    size: int = model_config(name).vocab_size
     folder = local_folder(name)
     if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
         return size
-    return min(size, max(load_tokenizer(name).get_vocab().values()) + 1)
+    vocabulary: dict[str, int] = load_tokenizer(name).get_vocab()
+    return min(size, max(vocabulary.values()) + 1)
 
 
 def load_model(
@@ -154,7 +157,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: Placement = "cpu",
     backend: str | None = None,
-    sc_overrides: dict | str | None = None,
+    sc_overrides: dict[str, Any] | str | None = None,
     skip_layers: tuple[int, ...] = (),
     keep_float_weights: bool = False,
 ) -> PreTrainedModel:
@@ -179,17 +182,26 @@ def load_model(
     _skip_layers(model, set(skip_layers))
     if tokens < model.config.vocab_size:
         _drop_padding(model, tokens)
-    where = {"device": device, "dtype": dtype, "backend": backend}
-    return patch_model(model, sc_overrides, **where, keep_float_weights=keep_float_weights)
+    return patch_model(
+        model, sc_overrides, device=device, dtype=dtype, backend=backend, keep_float_weights=keep_float_weights
+    )
 
 
 def _mapped_model(name: str) -> PreTrainedModel:
     """Return the float model in the dtype of its files: then transformers maps them to memory, and reads nothing."""
     folder = local_folder(name)
-    options = {"attn_implementation": "eager", "output_loading_info": True, "ignore_mismatched_sizes": True}
-    options |= {"dtype": _stored_dtype(name, folder), "use_safetensors": True, "trust_remote_code": False}
+    options: dict[str, Any] = {
+        "attn_implementation": "eager",
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+        "dtype": _stored_dtype(name, folder),
+        "use_safetensors": True,
+        "trust_remote_code": False,
+    }
     with _reading(name, "*.safetensors"):
-        model, found = AutoModelForCausalLM.from_pretrained(folder, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+    model: PreTrainedModel
+    model, found = loaded
     for fault in ("missing", "unexpected", "mismatched"):
         for key in sorted(map(str, found[f"{fault}_keys"])):
             raise ValueError(f"model {name!r}: {fault} in its *.safetensors: {key}")
@@ -245,8 +257,8 @@ def load_spec_models(
     dtype: torch.dtype = torch.float32,
     device: Placement = "cpu",
     backend: str | None = None,
-    target_sc_overrides: dict | str | None = None,
-    draft_sc_overrides: dict | str | None = None,
+    target_sc_overrides: dict[str, Any] | str | None = None,
+    draft_sc_overrides: dict[str, Any] | str | None = None,
     draft_skip_layers: tuple[int, ...] = (),
     keep_float_weights: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
@@ -255,15 +267,16 @@ def load_spec_models(
     Raises ValueError, before any weights are loaded, if their vocabularies differ.
     """
     check_vocabularies(target_model, draft_model)
-    common = {"dtype": dtype, "device": device, "backend": backend, "keep_float_weights": keep_float_weights}
-    target = load_model(target_model, sc_overrides=target_sc_overrides, **common)
-    draft = load_model(draft_model, sc_overrides=draft_sc_overrides, skip_layers=draft_skip_layers, **common)
+    load = partial(load_model, dtype=dtype, device=device, backend=backend, keep_float_weights=keep_float_weights)
+    target = load(target_model, sc_overrides=target_sc_overrides)
+    draft = load(draft_model, sc_overrides=draft_sc_overrides, skip_layers=draft_skip_layers)
     return target, draft, load_tokenizer(target_model)
 
 
 def context_limit(name: str) -> int:
     """Return how many positions model `name` has."""
-    return model_config(name).max_position_embeddings
+    positions: int = model_config(name).max_position_embeddings
+    return positions
 
 
 def check_vocabularies(target_model: str, draft_model: str) -> None:

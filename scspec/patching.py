@@ -8,7 +8,8 @@ Not covered: where weights come from (`models`). Models of no family in `familie
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import MethodType, SimpleNamespace
+from types import MethodType, ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -20,9 +21,31 @@ from scspec.attention import CausalAttention
 from scspec.decoding.cache import KVCache
 from scspec.families import FAMILIES, Family, check_config
 from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU
-from scspec.sc.knobs import SC_CONFIG_DEFAULTS, check_knobs, deciding_patterns, frozen_modules, resolve_knobs
+from scspec.sc.knobs import (
+    SC_CONFIG_DEFAULTS,
+    Modules,
+    Override,
+    check_knobs,
+    deciding_patterns,
+    frozen_modules,
+    resolve_knobs,
+)
 from scspec.sc.linear import SCLinear, SharedInput
 from scspec.sc.matmul import GPU_BACKENDS, resolve_backend
+
+if TYPE_CHECKING:
+
+    class PatchedModel(PreTrainedModel):
+        """What `patch_model` makes of a model: no class of its own, but attributes more (Seam 1) and these parts."""
+
+        model: Any  # the decoder, of a class of its family
+        lm_head: Any
+        new_kv_cache: Callable[[int, int], KVCache]
+        sc_knobs: SimpleNamespace
+        sc_module_knobs: dict[Override, SimpleNamespace]
+        attentions: list[CausalAttention]
+        wiring: "_Wiring"
+
 
 Placement = torch.device | str | Sequence[torch.device | str]
 _ATTENTION_NAME = "scspec"
@@ -31,20 +54,20 @@ GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SHARED_INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
-def knobs_of(model: PreTrainedModel) -> dict:
+def knobs_of(model: PreTrainedModel) -> dict[str, Any]:
     """Return the knobs now set on a patched model's config."""
     return {name: getattr(model.config, name) for name in SC_CONFIG_DEFAULTS}
 
 
 def patch_model(
     model: PreTrainedModel,
-    overrides: dict | str | None = None,
+    overrides: dict[str, Any] | str | None = None,
     *,
     device: Placement | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
     keep_float_weights: bool = False,
-) -> PreTrainedModel:
+) -> "PatchedModel":
     """Return `model`, rewired in place. Afterwards it obeys the seam of docs/architecture.md (`new_kv_cache`, ...).
 
     overrides: SC knobs (`SC_CONFIG_DEFAULTS`) or a preset's name. device, dtype: where the model goes, and as what;
@@ -55,16 +78,17 @@ def patch_model(
     ValueError for a model, knob or device that is not modelled.
     """
     knobs = resolve_knobs(overrides)
-    devices = resolve_devices(model.device if device is None else device)
+    available = resolve_devices(model.device if device is None else device)
     dtype = dtype or model.dtype
-    backend = model_backend(backend, devices[0])
+    backend = model_backend(backend, available[0])
     check_dtype(dtype, backend)
     _check_supported(model)
     _deciding_patterns(model, knobs["sc_modules"])
-    devices = layer_devices(len(model.model.layers), devices)
+    model = cast("PatchedModel", model)  # which it becomes from here on
+    devices = layer_devices(len(model.model.layers), available)
     for name, value in knobs.items():
         setattr(model.config, name, value)
-    model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)  # type: ignore[no-untyped-call]  # transformers annotates no `eval`
     # What the leaves read; refreshed from the config before each forward.
     model.sc_knobs = SimpleNamespace(**{**knobs, "sc_modules": ()}, backend=backend)
     model.sc_module_knobs = {}  # the same with what `sc_modules` sets on top, by the items of what it sets
@@ -135,12 +159,12 @@ def layer_devices(layers: int, devices: Sequence[torch.device]) -> list[torch.de
     return [devices[index * len(devices) // layers] for index in range(layers)]
 
 
-def _on_device(forward: Callable, device: torch.device, *arguments, **named):
+def _on_device(forward: Callable[..., Any], device: torch.device, *arguments: Any, **named: Any) -> Any:
     """Return what `forward` does with its tensors moved to `device`."""
     return forward(*_moved(arguments, device), **{name: _moved(value, device) for name, value in named.items()})
 
 
-def _moved(value, device: torch.device):
+def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, tuple):
         return tuple(_moved(each, device) for each in value)
     return value.to(device) if isinstance(value, torch.Tensor) else value
@@ -162,7 +186,7 @@ class _Wiring:
         same = self._children == self._wired and self._present_forwards() == self._forwards
         return same and not any(self._hooks)
 
-    def _present_forwards(self) -> list:
+    def _present_forwards(self) -> list[Any]:
         return [vars(module).get("forward") for module in self._modules]
 
 
@@ -204,7 +228,7 @@ def _check_supported(model: PreTrainedModel) -> None:
             )
 
 
-def _replace_leaves(model: PreTrainedModel) -> None:
+def _replace_leaves(model: "PatchedModel") -> None:
     """Replace the leaves; SCLinears that read the same tensor work together. Raises ValueError for one unknown."""
     family = FAMILIES[model.config.model_type]
     for path, module in list(model.named_modules()):
@@ -221,7 +245,7 @@ def _replace_leaves(model: PreTrainedModel) -> None:
             SharedInput.join([layer.get_submodule(name) for name in names])
 
 
-def _replacement(path: str, module: nn.Module, knobs, family: Family) -> nn.Module | None:
+def _replacement(path: str, module: Any, knobs: SimpleNamespace, family: Family) -> nn.Module | None:
     if isinstance(module, nn.Linear):
         return SCLinear(module, knobs, "sc_lm_head" if path == "lm_head" else "use_sc_linear")
     if not knobs.batch_invariant:
@@ -236,7 +260,7 @@ def _replacement(path: str, module: nn.Module, knobs, family: Family) -> nn.Modu
     return None
 
 
-def _replace_attention(model: PreTrainedModel, devices: list[torch.device]) -> None:
+def _replace_attention(model: "PatchedModel", devices: list[torch.device]) -> None:
     model.attentions = [CausalAttention(model.config, model.sc_knobs, device) for device in devices]
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
@@ -244,13 +268,22 @@ def _replace_attention(model: PreTrainedModel, devices: list[torch.device]) -> N
     model.config._attn_implementation = _ATTENTION_NAME
 
 
-def _attention_function(module, query, key, value, attention_mask, scaling, kv_cache, **_):
+def _attention_function(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    kv_cache: KVCache,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
     """What transformers calls; the layer's own CausalAttention does the work."""
     store = kv_cache.layers[module.layer_idx]
     return module.scspec_attention(query, key, value, store, kv_cache.lengths, scaling), None
 
 
-def _no_mask(*_, **__) -> None:
+def _no_mask(*_: Any, **__: Any) -> None:
     """Return None: our attention is causal by absolute position and takes no padding."""
 
 
@@ -258,7 +291,7 @@ AttentionInterface.register(_ATTENTION_NAME, _attention_function)
 AttentionMaskInterface.register(_ATTENTION_NAME, _no_mask)
 
 
-def _new_kv_cache(model: PreTrainedModel, batch: int, capacity: int) -> KVCache:
+def _new_kv_cache(model: "PatchedModel", batch: int, capacity: int) -> KVCache:
     """Return an empty cache for `batch` sequences of up to `capacity` tokens, at most the model's positions."""
     limit = model.config.max_position_embeddings
     if capacity > limit:
@@ -272,7 +305,7 @@ def _new_kv_cache(model: PreTrainedModel, batch: int, capacity: int) -> KVCache:
     return KVCache(batch, capacity, stores, owner=model)
 
 
-def _refresh_knobs(model: PreTrainedModel) -> None:
+def _refresh_knobs(model: "PatchedModel") -> None:
     """Check the knobs on the config and hand them to the leaves. The switch of the leaves themselves is not one."""
     knobs = knobs_of(model)
     check_knobs(knobs)
@@ -281,7 +314,7 @@ def _refresh_knobs(model: PreTrainedModel) -> None:
     _hand_out(model, knobs)
 
 
-def _hand_out(model: PreTrainedModel, knobs: dict) -> None:
+def _hand_out(model: "PatchedModel", knobs: dict[str, Any]) -> None:
     """Bring what the leaves read up to checked `knobs`. Which object a leaf reads changes with `sc_modules` alone."""
     frozen = frozen_modules(knobs["sc_modules"])
     if frozen != model.sc_knobs.sc_modules:
@@ -291,7 +324,7 @@ def _hand_out(model: PreTrainedModel, knobs: dict) -> None:
         vars(own).update(vars(model.sc_knobs), **dict(override))
 
 
-def _hand_out_overrides(model: PreTrainedModel, sc_modules: dict, items: dict[str, tuple]) -> None:
+def _hand_out_overrides(model: "PatchedModel", sc_modules: Modules, items: dict[str, Override]) -> None:
     """Give each leaf the knobs object it reads: the model's, or that of all leaves with its override.
 
     items: what each pattern sets. Leaves that share an input share the object.
@@ -300,17 +333,17 @@ def _hand_out_overrides(model: PreTrainedModel, sc_modules: dict, items: dict[st
     model.sc_module_knobs = {items[pattern]: SimpleNamespace() for pattern in patterns.values()}
     for name in _matchable(model):
         module = model.get_submodule(name)
-        leaf = module if isinstance(module, SCLinear) else module.scspec_attention
+        leaf: Any = module if isinstance(module, SCLinear) else module.scspec_attention
         leaf.knobs = model.sc_module_knobs[items[patterns[name]]] if name in patterns else model.sc_knobs
 
 
-def _matchable(model: PreTrainedModel) -> list[str]:
+def _matchable(model: Any) -> list[str]:
     """Return the names that patterns of `sc_modules` may match, patched or not."""
     kinds = nn.Linear, SCLinear, type(model.model.layers[0].self_attn)
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def _deciding_patterns(model: PreTrainedModel, sc_modules: dict) -> dict[str, str]:
+def _deciding_patterns(model: Any, sc_modules: Modules) -> dict[str, str]:
     """Return the pattern that decides for each name. Raises ValueError for one without a module, or a divided group."""
     patterns = deciding_patterns(sc_modules, _matchable(model))
     for layer in range(len(model.model.layers)):
@@ -318,7 +351,8 @@ def _deciding_patterns(model: PreTrainedModel, sc_modules: dict) -> dict[str, st
             names = [f"model.layers.{layer}.{name}" for name in group]
             for name in names[1:]:
                 decides = [patterns.get(each) for each in (names[0], name)]
-                if sc_modules.get(decides[0]) != sc_modules.get(decides[1]):
+                settings = [None if pattern is None else sc_modules[pattern] for pattern in decides]
+                if settings[0] != settings[1]:
                     raise ValueError(
                         f"sc_modules: {names[0]} is set by {decides[0]!r}, {name} by {decides[1]!r}; "
                         f"{', '.join(group)} share their input's codes and need one setting"
@@ -327,12 +361,12 @@ def _deciding_patterns(model: PreTrainedModel, sc_modules: dict) -> dict[str, st
 
 
 def _forward(
-    model: PreTrainedModel,
+    model: "PatchedModel",
     input_ids: torch.Tensor,
     *,
     kv_cache: KVCache | None = None,
     logits_to_keep: int = 0,
-    **refused,
+    **refused: Any,
 ) -> CausalLMOutput:
     """Return logits float32 (B, k, V) of the last k of the new tokens input_ids (B, T); k = 0: of all.
 
@@ -357,7 +391,7 @@ def _forward(
     return CausalLMOutput(logits=logits)
 
 
-def _check_tokens(model: PreTrainedModel, ids: torch.Tensor, logits_to_keep: int) -> None:
+def _check_tokens(model: "PatchedModel", ids: torch.Tensor, logits_to_keep: int) -> None:
     if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"input_ids: {ids.dtype} {tuple(ids.shape)}; must be int64 or int32 (B, T), none of them 0")
     size = model.config.vocab_size
@@ -367,20 +401,22 @@ def _check_tokens(model: PreTrainedModel, ids: torch.Tensor, logits_to_keep: int
         raise ValueError(f"logits_to_keep={logits_to_keep}: must be 0 (all) to {ids.shape[1]}, the tokens of input_ids")
 
 
-def _logits(model: PreTrainedModel, input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int) -> torch.Tensor:
+def _logits(model: "PatchedModel", input_ids: torch.Tensor, cache: KVCache, logits_to_keep: int) -> torch.Tensor:
     forward = _fused_forward(model)
     if forward is not None:
         return forward(model, input_ids, cache, logits_to_keep)
     device = input_ids.device
     positions = torch.tensor(cache.lengths, device=device)[:, None] + torch.arange(input_ids.shape[1], device=device)
     options = {"position_ids": positions, "use_cache": False, "kv_cache": cache, "logits_to_keep": logits_to_keep}
-    return type(model).forward(model, input_ids, **options).logits
+    logits: torch.Tensor = type(model).forward(model, input_ids, **options).logits
+    return logits
 
 
-def _fused_forward(model: PreTrainedModel) -> Callable | None:
+def _fused_forward(model: "PatchedModel") -> Callable[..., torch.Tensor] | None:
     """Return the forward that skips the module tree; None where knobs, or what was put in by hand, need the tree."""
+    fast: ModuleType = fused_cpu
     if model.sc_knobs.backend in GPU_BACKENDS:
-        from scspec import fused as fast
-    else:
-        fast = fused_cpu
+        from scspec import fused
+
+        fast = fused
     return fast.forward if model.wiring.holds() and fast.fits(model) else None

@@ -176,9 +176,10 @@ def _integer(value: Any, name: str, least: int) -> int:
 
 def _text(value: Any, name: str, allowed: str = _TEXT) -> str:
     """Return `value` if it is a string that is not blank. Raises `ValueError` if not."""
-    if not _string(value, name, allowed).strip():
+    text = _string(value, name, allowed)
+    if not text.strip():
         raise ValueError(f"'{name}' is empty; allowed: {allowed}")
-    return value
+    return text
 
 
 def _string(value: Any, name: str, allowed: str) -> str:

@@ -60,7 +60,8 @@ def turn_ids(tokenizer: Any, prompt: Prompt, replies: Sequence[str] = ()) -> lis
     if not isinstance(turn, str):
         return list(turn)
     said = list(prompt.history)
-    for text, reply in zip(prompt.turns, replies, strict=False):  # turns without a reply are still to come
+    texts = [text for text in prompt.turns if isinstance(text, str)]  # all of them: where one is a text, all are
+    for text, reply in zip(texts, replies, strict=False):  # turns without a reply are still to come
         said += [("user", text), ("assistant", reply)]
     return encode_turn(tokenizer, [{"role": role, "content": content} for role, content in said], turn)
 

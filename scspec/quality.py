@@ -15,7 +15,7 @@ import numpy as np
 from scspec.checkpoint import FinishedPrompt
 from scspec.decoding import CachedScorer
 from scspec.jobs import Quality
-from scspec.prompts import Prompt
+from scspec.prompt_rows import Prompt
 from scspec.provenance import sha256_of
 from scspec.replay import check_alike, read_trajectory, teacher_forced
 from scspec.results import CONTINUATIONS, QUALITY_KEYS, QUALITY_SCHEMA, TEXT_FILE, write_rows
@@ -23,6 +23,9 @@ from scspec.task import Save, Task, check_planned
 
 #: Tokens of a text file that are scored with one context: the first of each window is only read.
 WINDOW_TOKENS = 512
+
+#: Of the target, and of the same model in floating point.
+Scorers = tuple[CachedScorer, CachedScorer]
 
 
 def run_quality(quality: Quality, trajectory_path: Path, output: Path, *, threads: int = 1, gpus: int = 1) -> None:
@@ -40,7 +43,7 @@ def run_quality(quality: Quality, trajectory_path: Path, output: Path, *, thread
     check_alike(trajectory_path, origin, "this run", metadata)
     windows = list(_windows(task, text))
     longest = max([*(texts["prompt_ids"].map(len) + texts["tokens"]), *map(len, windows)])
-    scorers = [CachedScorer(task.models[name], int(longest)) for name in sides]
+    scorers = CachedScorer(task.models["target"], int(longest)), CachedScorer(task.models["float"], int(longest))
 
     def score(prompts: list[Prompt], save: Save) -> None:
         for prompt in prompts:
@@ -77,12 +80,12 @@ def _windows(task: Task, text: str) -> Iterator[np.ndarray]:
     yield from (window for window in windows if len(window) > 1)
 
 
-def _continuation_row(scorers: list[CachedScorer], turn: Any) -> dict[str, Any]:
+def _continuation_row(scorers: Scorers, turn: Any) -> dict[str, Any]:
     where = {"source": CONTINUATIONS, "text_id": f"{turn.prompt_id}/{turn.turn}", "category": turn.category}
     return {**where, **score_text(*scorers, turn.prompt_ids, turn.text_ids[: turn.tokens])}
 
 
-def _window_row(scorers: list[CachedScorer], number: int, ids: np.ndarray) -> dict[str, Any]:
+def _window_row(scorers: Scorers, number: int, ids: np.ndarray) -> dict[str, Any]:
     where = {"source": TEXT_FILE, "text_id": str(number), "category": TEXT_FILE}
     return {**where, **score_text(*scorers, ids[:1], ids[1:])}
 
@@ -107,4 +110,5 @@ def score_text(
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Return the log-probabilities (V,) float64 of logits (V,)."""
     shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    log_probs: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return log_probs

@@ -26,7 +26,7 @@ from scspec.checkpoint import FinishedPrompt
 from scspec.config import REPLAY
 from scspec.decoding import Block, CachedScorer, SamplingConfig, greedy_ids, sampling
 from scspec.jobs import POSITIONS_PER_PASS, Cell, Predictions, Trajectory
-from scspec.prompts import Prompt
+from scspec.prompt_rows import Prompt
 from scspec.provenance import sha256_of
 from scspec.results import METADATA_KEYS, read_rows, write_cell, write_rows
 from scspec.run import key_columns

@@ -185,7 +185,7 @@ def _read_metadata(path: Path | str, schema: pa.Schema, keys: Iterable[str]) -> 
     packed = (schema.metadata or {}).get(METADATA_KEY)
     if packed is None:
         raise ValueError(f"{path}: Parquet, but not written by scspec (no '{METADATA_KEY.decode()}' metadata)")
-    metadata = json.loads(packed)
+    metadata: dict[str, Any] = json.loads(packed)
     if metadata.get("schema_version") != SCHEMA_VERSION:
         found = metadata.get("schema_version")
         raise ValueError(f"{path}: schema_version is {found!r}, this code reads {SCHEMA_VERSION}")
@@ -260,7 +260,8 @@ def _arrow(lists: pd.Series) -> pa.ListArray:
 
 def list_lengths(lists: pd.Series) -> np.ndarray:
     """Returns how many values each list of a list column has."""
-    return pc.list_value_length(_arrow(lists)).to_numpy()
+    lengths: np.ndarray = pc.list_value_length(_arrow(lists)).to_numpy()
+    return lengths
 
 
 def padded(lists: pd.Series, fill: float) -> np.ndarray:
@@ -275,7 +276,8 @@ def padded(lists: pd.Series, fill: float) -> np.ndarray:
 
 def _expected(blocks: pd.DataFrame) -> np.ndarray:
     """Whether each block is one that could be, with its expected number as `weight`: a replayed sampled one."""
-    return ((blocks["method"] == REPLAY) & blocks["do_sample"]).to_numpy()
+    expected: np.ndarray = ((blocks["method"] == REPLAY) & blocks["do_sample"]).to_numpy()
+    return expected
 
 
 def _block_faults(blocks: pd.DataFrame) -> dict[str, np.ndarray]:
@@ -355,7 +357,8 @@ def _endings(blocks: pd.DataFrame, texts: np.ndarray, stopped: np.ndarray) -> np
     1e-9: it is a sum of products of probabilities, in float64, over at most a few thousand blocks.
     """
     ended = np.bincount(texts, np.where(stopped, blocks["weight"], 0.0))[texts]
-    return _expected(blocks) & (np.abs(ended - 1) > 1e-9)
+    wrong: np.ndarray = _expected(blocks) & (np.abs(ended - 1) > 1e-9)
+    return wrong
 
 
 def check_identities(blocks: pd.DataFrame) -> None:

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from scspec.config import LOOP
 from scspec.decoding import Block
 from scspec.jobs import Cell
-from scspec.prompts import Prompt
+from scspec.prompt_rows import Prompt
 from scspec.results import write_cell
 from scspec.task import Save, Task
 
@@ -29,15 +30,15 @@ def run_cell(cell: Cell, output: Path, *, threads: int = 1, prompts_per_batch: i
     def decode(prompts: list[Prompt], save: Save) -> None:
         task.decode(prompts, save, _block_rows, gamma=cell.gamma, slots=prompts_per_batch)
 
-    def write(rows: list[dict], metadata: dict) -> None:
+    def write(rows: list[dict[str, Any]], metadata: dict[str, Any]) -> None:
         write_cell(output, [{**keys, **row} for row in rows], metadata)
 
     task.complete(metadata, decode, write)
 
 
-def key_columns(cell: Cell, metadata: dict) -> dict:
+def key_columns(cell: Cell, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the columns that are the same in every row of a cell; the sides' settings are the metadata's."""
-    keys = {
+    keys: dict[str, Any] = {
         "cell_id": cell.id,
         "pair": cell.pair,
         "arm": cell.arm,
@@ -61,7 +62,7 @@ def key_columns(cell: Cell, metadata: dict) -> dict:
     return keys
 
 
-def _block_rows(prompt_ids: list[int], blocks: list[Block]) -> list[dict]:
+def _block_rows(prompt_ids: list[int], blocks: list[Block]) -> list[dict[str, Any]]:
     return [
         {
             "prompt_tokens": len(prompt_ids),

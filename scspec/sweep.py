@@ -5,12 +5,22 @@ What `scspec sweep` prints is a look, not a result: one prompt is no evidence. G
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from scspec.config import BACKENDS, DTYPES
-from scspec.decoding import CachedScorer, Draws, SamplingConfig, SpecDecodeStats, Turn, decode_batch, key_from
+from scspec.decoding import (
+    CachedScorer,
+    Draws,
+    SamplingConfig,
+    SpecDecodeStats,
+    Turn,
+    decode_batch,
+    key_from,
+    one_turn,
+)
 from scspec.models import (
     check_placement,
     check_vocabularies,
@@ -45,7 +55,7 @@ class Sweep:
     dtype: str
     backend: str
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for option in ("target_model", "draft_model", "prompt"):
             if not getattr(self, option).strip():
                 raise ValueError(f"{option}={getattr(self, option)!r}: is empty; allowed: a name, or text")
@@ -132,10 +142,15 @@ def run_sweep(sweep: Sweep) -> Iterator[SweepPoint]:
             f"prompt: {len(ids)} tokens, {sweep.new_tokens} new ones and a block need {needed} positions; "
             f"the models have {limit}"
         )
-    where = {"device": sweep.device, "dtype": getattr(torch, sweep.dtype), "backend": sweep.backend}
-    knobs = {"target_sc_overrides": sweep.knobs(None), "draft_sc_overrides": sweep.knobs(None)}
     target, draft, tokenizer = load_spec_models(
-        sweep.target_model, sweep.draft_model, **where, **knobs, keep_float_weights=True
+        sweep.target_model,
+        sweep.draft_model,
+        device=sweep.device,
+        dtype=getattr(torch, sweep.dtype),
+        backend=sweep.backend,
+        target_sc_overrides=sweep.knobs(None),
+        draft_sc_overrides=sweep.knobs(None),
+        keep_float_weights=True,
     )
     for stoc_len in (None, *sweep.stoc_lens):
         for model in (target, draft):
@@ -145,22 +160,18 @@ def run_sweep(sweep: Sweep) -> Iterator[SweepPoint]:
 
 def _point(sweep: Sweep, stoc_len: int | None, target: Any, draft: Any, tokenizer: Any, ids: list[int]) -> SweepPoint:
     """Return what the models decode with the knobs they now have, after a few blocks that nobody counts."""
-    scorers = [CachedScorer(model, _capacity(sweep, ids)) for model in (target, draft)]
-    options = {"gamma": sweep.gamma, "sampling": sweep.sampling}
+    scorers = CachedScorer(target, _capacity(sweep, ids)), CachedScorer(draft, _capacity(sweep, ids))
+    decoded = partial(decode_batch, *scorers, gamma=sweep.gamma, sampling=sweep.sampling)
     warm_up = warm_up_turn(ids, sweep.new_tokens, sweep.gamma, sweep.device)
-    for _ in decode_batch(*scorers, [_one(warm_up)], **options, eos_token_ids=frozenset()):
+    for _ in decoded([one_turn(warm_up)], eos_token_ids=frozenset()):
         pass
     turn, eos = Turn(ids, sweep.new_tokens, Draws(key_from(sweep.seed))), eos_token_ids(target, tokenizer)
-    blocks = tuple(block for _, _, block in decode_batch(*scorers, [_one(turn)], **options, eos_token_ids=eos))
+    blocks = tuple(block for _, _, block in decoded([one_turn(turn)], eos_token_ids=eos))
     stats = SpecDecodeStats(blocks)
     wall_time_s = sum(block.draft_time_s + block.verify_time_s for block in blocks)
     new_ids = [token for block in blocks for token in block.emitted[: block.kept]]
     text = tokenizer.decode(new_ids, skip_special_tokens=True)
     return SweepPoint(stoc_len, stats, stats.new_tokens / wall_time_s, text)
-
-
-def _one(turn: Turn) -> Iterator[Turn]:
-    yield turn
 
 
 def _capacity(sweep: Sweep, ids: list[int]) -> int:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,17 @@ from tqdm import tqdm
 
 from scspec import provenance
 from scspec.checkpoint import Checkpoint, FinishedPrompt
-from scspec.decoding import Block, CachedScorer, Conversation, Draws, SamplingConfig, Turn, decode_batch, key_from
+from scspec.decoding import (
+    Block,
+    CachedScorer,
+    Conversation,
+    Draws,
+    SamplingConfig,
+    Turn,
+    decode_batch,
+    key_from,
+    one_turn,
+)
 from scspec.hardware import cost_per_token, sc_mac_share
 from scspec.jobs import Cell, Side, Trajectory
 from scspec.models import (
@@ -26,7 +37,8 @@ from scspec.models import (
     vocabulary_size,
 )
 from scspec.patching import knobs_of
-from scspec.prompts import Prompt, load_prompts, token_ids_sha256, turn_ids
+from scspec.prompt_rows import Prompt
+from scspec.prompts import load_prompts, token_ids_sha256, turn_ids
 from scspec.provenance import sha256_of_setting
 from scspec.results import SCHEMA_VERSION
 from scspec.sc.knobs import PRESETS, resolve_knobs
@@ -75,7 +87,8 @@ class Task:
             resolve_knobs(_overrides(side))
             check_vocabularies(spec.target.model, side.model)
         torch.set_num_threads(threads)
-        numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+        cores = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made when numba is imported
+        numba.set_num_threads(min(threads, cores))
         tokenizer = load_tokenizer(spec.target.model)
         first_turns = _checked_first_turns(spec, sides, prompts, tokenizer, beyond)
         models = {name: _load(spec, side, gpus) for name, side in sides.items()}
@@ -105,7 +118,8 @@ class Task:
     @property
     def limit(self) -> int:
         """How many positions all of the models have."""
-        return min(model.config.max_position_embeddings for model in self.models.values())
+        limits: list[int] = [model.config.max_position_embeddings for model in self.models.values()]
+        return min(limits)
 
     def complete(self, metadata: dict[str, Any], work: Callable[[list[Prompt], Save], None], write: Write) -> None:
         """Do the work and write the output; then nothing of it is kept for another run.
@@ -143,7 +157,9 @@ class Task:
         `slots` prompts are decoded side by side; gamma 0 is the target alone. `rows_of` makes the rows of a turn.
         Progress goes to stderr.
         """
-        token_ids, rows, blocks = [[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts]
+        token_ids: list[list[list[int]]] = [[] for _ in prompts]
+        rows: list[list[dict[str, Any]]] = [[] for _ in prompts]
+        blocks: list[list[Block]] = [[] for _ in prompts]
         for index, turn, block in self._blocks(prompts, token_ids, gamma=gamma, slots=slots, past_end=past_end):
             prompt = prompts[index]
             blocks[index].append(block)
@@ -164,14 +180,14 @@ class Task:
         slots, capacity = min(slots, len(prompts)), self._capacity(prompts)
         target = CachedScorer(self.models["target"], capacity, slots)
         draft = CachedScorer(self.models["draft"], capacity, slots) if gamma else None
-        options = {"gamma": gamma, "sampling": SamplingConfig(**vars(self.spec.sampling))}
+        decoded = partial(decode_batch, target, draft, gamma=gamma, sampling=SamplingConfig(**vars(self.spec.sampling)))
         warm_up = self._warm_up(max(prompts, key=self._budget), slots, gamma)
-        for _ in decode_batch(target, draft, warm_up, **options, eos_token_ids=frozenset()):
+        for _ in decoded(warm_up, eos_token_ids=frozenset()):
             pass
         conversations = [
             self._conversation(prompt, ids, past_end) for prompt, ids in zip(prompts, token_ids, strict=True)
         ]
-        blocks = decode_batch(target, draft, conversations, **options, eos_token_ids=self.eos_token_ids)
+        blocks = decoded(conversations, eos_token_ids=self.eos_token_ids)
         total = sum(len(prompt.turns) * self._budget(prompt) for prompt in prompts)
         with tqdm(total=total, unit="tok", desc=self.spec.id, file=sys.stderr, mininterval=1) as progress:
             for index, turn, block in blocks:
@@ -188,11 +204,11 @@ class Task:
         """Return conversations whose blocks nobody counts: what is compiled or captured there is in no block's time."""
         ids = turn_ids(self.tokenizer, prompt)
         warm_up = warm_up_turn(ids, self._budget(prompt), gamma, self.spec.device)
-        return [(turn for turn in [warm_up]) for _ in range(slots)]
+        return [one_turn(warm_up) for _ in range(slots)]
 
     def _conversation(self, prompt: Prompt, token_ids: list[list[int]], past_end: int) -> Conversation:
         """Yield the prompt's turns, each after the reply to the one before, and append their ids to `token_ids`."""
-        replies = []
+        replies: list[str] = []
         for turn in range(len(prompt.turns)):
             ids = _turn_ids(self.tokenizer, prompt, replies)
             _check_length(self.spec, prompt, turn, len(ids), self.beyond, self.limit)
@@ -226,7 +242,7 @@ def warm_up_turn(ids: list[int], max_new_tokens: int, gamma: int, device: str) -
     return Turn(ids[: WARM_UP_TOKENS[device]], budget, Draws(0))
 
 
-def check_planned(path: str, sha256: str, setting: str, job: str) -> None:
+def check_planned(path: str, sha256: str | None, setting: str, job: str) -> None:
     """Raise ValueError if the file that a setting names is not the one that a job was planned with.
 
     Raises FileNotFoundError if it cannot be read.
@@ -297,7 +313,7 @@ def _check_length(spec: Cell | Trajectory, prompt: Prompt, turn: int, tokens: in
         )
 
 
-def _overrides(side: Side) -> dict:
+def _overrides(side: Side) -> dict[str, Any]:
     return PRESETS["float"] if side.sc is None else side.sc
 
 

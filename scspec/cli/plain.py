@@ -1,3 +1,5 @@
 """How all of the command line looks: plain text, also in help; no completion that installs itself."""
 
-PLAIN = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}
+from typing import Any
+
+PLAIN: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "add_completion": False}

@@ -21,7 +21,7 @@ from .generation import SpecDecodeStats, generate, generate_cached
 from .request import Request, Turn
 from .sampling import Draws, SamplingConfig, key_from
 from .scoring import CachedScorer, CacheFreeScorer
-from .speculative import Block, Conversation, decode_batch, decode_blocks
+from .speculative import Block, Conversation, decode_batch, decode_blocks, one_turn
 from .verification import greedy_ids
 
 __all__ = [
@@ -43,4 +43,5 @@ __all__ = [
     "generate_cached",
     "greedy_ids",
     "key_from",
+    "one_turn",
 ]

@@ -1,16 +1,16 @@
 """Plain decoding, one token a pass: the oracle that speculative decoding must reproduce."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
 from .request import Request, extended
 from .sampling import TOKEN, Draws, SamplingConfig, draw, warp
-from .scoring import CachedScorer, CacheFreeScorer, Scorer
+from .scoring import CachedScorer, CacheFreeScorer, Model, Scorer
 
 
 def generate_autoregressive(
-    model: Callable,
+    model: Model,
     input_ids: torch.Tensor,
     *,
     max_new_tokens: int = 128,

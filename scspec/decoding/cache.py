@@ -1,6 +1,8 @@
 """The bookkeeping of a key/value cache. Its contents belong to the model that made it."""
 
 import operator
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ class KVCache:
     lies beyond a length is simply written over later. `owner` is the model that made it, for that model to tell.
     """
 
-    def __init__(self, batch: int, capacity: int, layers: list, owner: object = None):
+    def __init__(self, batch: int, capacity: int, layers: Sequence[Any], owner: object = None):
         self.batch = batch
         self.capacity = capacity
         self.layers = layers

@@ -1,13 +1,14 @@
 """Speculative text of one prompt in one call, with a KV cache or without, and what its blocks add up to."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from .request import Request, check_at_least_one, extended
 from .sampling import SamplingConfig
-from .scoring import CachedScorer, CacheFreeScorer, Scorer
+from .scoring import CachedScorer, CacheFreeScorer, Model, Scorer
 from .speculative import Block, check_widths, decode_blocks
 
 
@@ -82,8 +83,8 @@ def block_efficiency(blocks: Sequence[Block]) -> float:
 
 
 def generate_cached(
-    target: Callable,
-    draft: Callable,
+    target: Model,
+    draft: Model,
     input_ids: torch.Tensor,
     *,
     max_new_tokens: int = 128,
@@ -110,8 +111,8 @@ def generate_cached(
 
 
 def generate(
-    target: Callable,
-    draft: Callable,
+    target: Model,
+    draft: Model,
     input_ids: torch.Tensor,
     *,
     max_new_tokens: int = 128,
@@ -141,8 +142,8 @@ def _generate(
     return extended(input_ids, new_ids), SpecDecodeStats(blocks)
 
 
-def _check_speculation(target: Callable, draft: Callable, gamma: int) -> None:
+def _check_speculation(target: Model, draft: Model, gamma: int) -> None:
     check_at_least_one("gamma", gamma)
-    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (target, draft)]
+    sizes: list[Any] = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (target, draft)]
     if None not in sizes:
         check_widths(*sizes)

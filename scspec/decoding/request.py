@@ -50,7 +50,7 @@ class Turn:
     draws: Draws
     past_end: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_at_least_one("max_new_tokens", self.max_new_tokens)
         if not self.prompt_ids:
             raise ValueError("prompt_ids is empty; allowed: at least one token id")

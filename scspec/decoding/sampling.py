@@ -39,7 +39,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.do_sample is not True and self.do_sample is not False:
             raise ValueError(f"do_sample is {self.do_sample!r}; allowed: True, False")
         if not (_is_real(self.temperature) and 0 < self.temperature < math.inf):
@@ -69,7 +69,7 @@ def warp(logits_row: np.ndarray, config: SamplingConfig) -> np.ndarray:
     _normalise(probs)
     if config.top_p < 1:
         cumulative = np.cumsum(np.sort(probs)[::-1])
-        count = min(np.searchsorted(cumulative, config.top_p) + 1, len(probs))
+        count = min(int(np.searchsorted(cumulative, config.top_p)) + 1, len(probs))
         probs[~_largest(probs, count)] = 0.0
         _normalise(probs)
     return probs
@@ -122,7 +122,7 @@ def residual(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
     Raises ValueError where p exceeds q nowhere: then p == q, and nothing can have been rejected.
     """
-    probs = np.maximum(p - q, 0.0)
+    probs: np.ndarray = np.maximum(p - q, 0.0)
     if not probs.any():
         raise ValueError("the residual of p and q is zero everywhere; allowed: distributions that differ")
     _normalise(probs)
@@ -178,7 +178,7 @@ def _largest(values: np.ndarray, count: int) -> np.ndarray:
     It orders values, not ids: the n-th largest value is unambiguous whatever sort the machine has.
     """
     threshold = np.partition(values, len(values) - count)[len(values) - count]
-    mask = values > threshold
+    mask: np.ndarray = values > threshold
     mask[np.flatnonzero(values == threshold)[: count - np.count_nonzero(mask)]] = True
     return mask
 

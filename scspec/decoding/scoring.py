@@ -5,8 +5,21 @@ A scorer holds one text in each of its `slots`. Both take a `model` as in docs/a
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
+
+from .cache import KVCache
+
+
+class Output(Protocol):
+    """What a forward returns: logits (B, rows, V)."""
+
+    logits: torch.Tensor
+
+
+#: docs/architecture.md, "Seam 1"; only one with `new_kv_cache` decodes with a cache.
+Model = Callable[..., Output]
 
 
 class CacheFreeScorer:
@@ -15,7 +28,7 @@ class CacheFreeScorer:
     `model` is any callable with `model(input_ids=(1, T) int64).logits` of shape (1, T, V).
     """
 
-    def __init__(self, model: Callable, slots: int = 1):
+    def __init__(self, model: Model, slots: int = 1):
         self.model, self.slots, self.device = model, slots, _device(model)
         self.held = [_ids([], self.device)] * slots
 
@@ -45,7 +58,7 @@ class CacheFreeScorer:
 class CachedScorer:
     """Feeds the model what is new; its cache of `slots` slots holds the rest. Raises ValueError for a model without."""
 
-    def __init__(self, model: Callable, capacity: int, slots: int = 1):
+    def __init__(self, model: Model, capacity: int, slots: int = 1):
         if not hasattr(model, "new_kv_cache"):
             raise ValueError(f"model is {type(model).__name__}; allowed: a model with new_kv_cache")
         self.model, self.slots, self.device = model, slots, _device(model)
@@ -81,7 +94,7 @@ class CachedScorer:
         _check_rows(ids, rows)
         return self._feed(self.cache, ids.to(self.device), rows)
 
-    def _feed(self, cache, ids: torch.Tensor, rows: int) -> torch.Tensor:
+    def _feed(self, cache: KVCache, ids: torch.Tensor, rows: int) -> torch.Tensor:
         expected = tuple(length + ids.shape[1] for length in cache.lengths)
         logits = _forward(self.model, ids, rows, kv_cache=cache, logits_to_keep=rows)
         if cache.lengths != expected:
@@ -89,7 +102,7 @@ class CachedScorer:
         return logits
 
 
-def _device(model: Callable) -> torch.device:
+def _device(model: Model) -> torch.device:
     return torch.device(getattr(model, "device", "cpu"))
 
 
@@ -102,7 +115,7 @@ def _check_rows(ids: torch.Tensor, rows: int) -> None:
         raise ValueError(f"rows is {rows}; allowed: 1..{ids.shape[1]} (the tokens fed to a slot)")
 
 
-def _forward(model: Callable, ids: torch.Tensor, rows: int, **cache_arguments) -> torch.Tensor:
+def _forward(model: Model, ids: torch.Tensor, rows: int, **cache_arguments: Any) -> torch.Tensor:
     """The logits (B, rows, V) float32 of one forward over `ids` (B, T), which must return that many rows."""
     with torch.no_grad():
         logits = model(input_ids=ids, **cache_arguments).logits

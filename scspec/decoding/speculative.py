@@ -16,6 +16,7 @@ without a text gets `IDLE_TOKEN` and is put back. With models that keep the cont
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -91,10 +92,15 @@ def decode_blocks(
     draws: Draws,
 ) -> Iterator[Block]:
     """Yields one Block per target pass until EOS or the budget: `decode_batch` of one turn."""
-    conversation = (turn for turn in [Turn(prompt_ids, max_new_tokens, draws)])
-    arguments = {"gamma": gamma, "sampling": sampling, "eos_token_ids": eos_token_ids}
-    for _, _, block in decode_batch(target, draft, [conversation], **arguments):
+    conversations = [one_turn(Turn(prompt_ids, max_new_tokens, draws))]
+    blocks = decode_batch(target, draft, conversations, gamma=gamma, sampling=sampling, eos_token_ids=eos_token_ids)
+    for _, _, block in blocks:
         yield block
+
+
+def one_turn(turn: Turn) -> Conversation:
+    """The conversation of one turn, whatever the reply."""
+    yield turn
 
 
 def check_widths(target_size: int, draft_size: int) -> None:
@@ -194,11 +200,12 @@ class _Batch:
 
     def _propose(self, rule: Greedy | Sampled) -> tuple[torch.Tensor, int | None]:
         """Each slot's last token and its proposals, int64 (slots, gamma + 1), and the size of a draft's vocabulary."""
-        slots, device, width = range(self.target.slots), self.scorers[-1].device, None
+        draft = self.scorers[-1]  # the target where there is none: then gamma is 0, and nothing is asked of it
+        slots, device, width = range(self.target.slots), draft.device, None
         last = [self.texts[slot].sequence[-1] if slot in self.texts else IDLE_TOKEN for slot in slots]
         ids = [torch.tensor(last, device=device)[:, None]]
         for _ in range(self.gamma):
-            logits = self.draft.feed(ids[-1], 1)[:, 0]
+            logits = draft.feed(ids[-1], 1)[:, 0]
             width = logits.shape[-1]
             ids.append(rule.propose(logits).to(device))
         return torch.cat(ids, 1), width
@@ -245,10 +252,10 @@ class _Stopwatch:
 
     def elapsed_s(self) -> float:
         if self.device.type == "cuda":
-            return self.began.elapsed_time(self.ended) / 1e3
-        return self.ended - self.began
+            return float(self.began.elapsed_time(self.ended)) / 1e3
+        return float(self.ended - self.began)
 
-    def _now(self):
+    def _now(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -260,16 +267,16 @@ def _next_text(previous: _Text | None, waiting: Iterator[tuple[int, Conversation
     """The next turn of the conversation of `previous`, else the first of the next conversation that has any."""
     text = previous and _ask(previous.conversation, previous.source, previous.turn + 1, previous.reply)
     while text is None:
-        conversation, source = next(waiting, (None, None))
-        if source is None:
+        upcoming = next(waiting, None)
+        if upcoming is None:
             return None
-        text = _ask(conversation, source, 0, None)
+        text = _ask(*upcoming, 0, None)
     return text
 
 
 def _ask(conversation: int, source: Conversation, turn: int, reply: list[int] | None) -> _Text | None:
     try:
-        asked = source.send(reply)
+        asked = next(source) if reply is None else source.send(reply)
     except StopIteration:
         return None
     sequence = list(asked.prompt_ids)

@@ -9,6 +9,7 @@ maximum, a comparison and a minimum, which have one result in whatever order a d
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,15 +22,15 @@ from .sampling import COIN, RESIDUAL, TOKEN, Draws, SamplingConfig, accept, draw
 class Verdict:
     """What became of one slot's proposals, before EOS cuts anything.
 
-    `p` and `q` are what `beta` compares, position by position: q is one shorter until the bonus position's is added.
-    `margin` has one entry for each p.
+    `p` and `q` are what `beta` compares, ids or distributions, position by position: q is one shorter until the bonus
+    position's is added. `margin` has one entry for each p.
     """
 
     proposed: list[int]
     accepted: int
     emitted: list[int]
-    p: list
-    q: list
+    p: list[Any]
+    q: list[Any]
     margin: list[float]
 
 
@@ -129,7 +130,8 @@ def greedy_ids(logits: torch.Tensor) -> list[int]:
     """The greedy choice of each row of logits (rows, V), fetched in one transfer. Raises ValueError as `warp` does."""
     ids, peaks = _fetch([column[:, None] for column in largest(logits)], logits.device)
     _check_finite(ids[:, 0], peaks[:, 0])
-    return ids[:, 0].astype(int).tolist()
+    choices: list[int] = ids[:, 0].astype(int).tolist()
+    return choices
 
 
 def verify(
@@ -158,7 +160,9 @@ def _fetch(columns: list[torch.Tensor], device: torch.device) -> list[np.ndarray
     return np.split(together, np.cumsum([column.shape[1] for column in columns[:-1]]), axis=1)
 
 
-def _greedy_verdict(draft_ids, draft_peaks, target_ids, target_peaks, others) -> Verdict:
+def _greedy_verdict(
+    draft_ids: np.ndarray, draft_peaks: np.ndarray, target_ids: np.ndarray, target_peaks: np.ndarray, others: np.ndarray
+) -> Verdict:
     """The verdict of one slot, from float64 arrays (gamma,), (gamma,) and three of (gamma + 1,)."""
     _check_finite(draft_ids, draft_peaks)
     _check_finite(target_ids, target_peaks)

@@ -66,7 +66,7 @@ def softmax_rows(scores, visible):
 
 
 @compiled
-def silu(x):
+def silu(x: np.ndarray) -> np.ndarray:
     """Return x / (1 + exp(-x)) of float32 (n,)."""
     out = np.empty_like(x)
     for i in range(x.shape[0]):
@@ -91,7 +91,7 @@ def silu_mul(gate_up):
 
 
 @compiled(parallel=True)
-def rms_norm(x, weight, eps):
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: np.float32) -> np.ndarray:
     """Return RMSNorm of x float32 (N, D) (Zhang & Sennrich 2019): the squares' sum in float64, ascending."""
     out = np.empty_like(x)
     for n in nb.prange(x.shape[0]):
@@ -155,7 +155,7 @@ def linear(x, packed, columns):
 
 
 @compiled
-def rotary_table(inv_freq, scaling, first, last):
+def rotary_table(inv_freq: np.ndarray, scaling: np.float32, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (cos, sin) float32 (last - first, 2 * len(inv_freq)) for positions first..last-1.
 
     The angle is a float32 product, as in Hugging Face; its cosine comes from the C library in float64, one at a time.

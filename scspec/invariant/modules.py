@@ -3,6 +3,8 @@
 On the CPU float32; on a GPU float32, float16 or bfloat16. Triton is loaded when the first GPU tensor arrives.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -21,7 +23,8 @@ class InvariantRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if x.is_cuda:
-            return _gpu().rms_norm(rows, self.weight, float(self.eps)).view(x.shape)
+            out: torch.Tensor = _gpu().rms_norm(rows, self.weight, float(self.eps))
+            return out.view(x.shape)
         return torch.from_numpy(cpu.rms_norm(rows.numpy(), self.weight.numpy(), self.eps)).view(x.shape)
 
 
@@ -30,7 +33,8 @@ class InvariantSiLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cuda:
-            return _gpu().silu(x.reshape(-1, x.shape[-1])).view(x.shape)
+            out: torch.Tensor = _gpu().silu(x.reshape(-1, x.shape[-1]))
+            return out.view(x.shape)
         return torch.from_numpy(cpu.silu(x.reshape(-1).numpy())).view(x.shape)
 
 
@@ -64,14 +68,14 @@ class InvariantRotary(nn.Module):
         held = tables[0].shape[0]
         if positions > held:
             new = cpu.rotary_table(self.inv_freq, self.attention_scaling, held, max(positions, 2 * held, 256))
-            tables = [torch.cat((old.cpu(), torch.from_numpy(rows))) for old, rows in zip(tables, new, strict=True)]
-            self._tables = {}
+            cos, sin = (torch.cat((old.cpu(), torch.from_numpy(rows))) for old, rows in zip(tables, new, strict=True))
+            tables, self._tables = (cos, sin), {}
         if device not in self._tables:
             self._tables[device] = tables[0].to(device), tables[1].to(device)
         return self._tables[device]
 
 
-def _gpu():
+def _gpu() -> Any:
     """Return the GPU's kernels."""
     from scspec.invariant import triton
 

@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 
 from scspec.charts import ARM_LABELS, decoding, draft_labels, interval_text, number
 from scspec.config import REPLAY
-from scspec.prompts import Prompt, load_prompts
+from scspec.prompt_rows import Prompt
+from scspec.prompts import load_prompts
 from scspec.provenance import sha256_of
 from scspec.report.tables import whole
 from scspec.report.transcript import (

@@ -35,15 +35,17 @@ def best_speedups(cells: pd.DataFrame) -> list[dict[str, Any]]:
     for loss in np.unique(losses):
         best = best_setting(cells, loss)
         if best is not None:
+            head = best_setting(with_head, loss)
+            assert head is not None  # what has costs without the LM head has them with it
             own = {name: best[name] for name in ("speedup", "plain_stoc_len", "draft")}
             own |= {"same_length_speedup": best["speedup_at_once"], "cell": best}
-            steps.append({"loss": float(loss), **own, "speedup_with_head": best_setting(with_head, loss)["speedup"]})
+            steps.append({"loss": float(loss), **own, "speedup_with_head": head["speedup"]})
     return steps
 
 
 def at_loss(steps: list[dict[str, Any]], loss: float) -> int:
     """The index of the last step of `best_speedups` that a loss admits, -1 where it admits none."""
-    return sum(step["loss"] <= loss for step in steps) - 1
+    return sum(bool(step["loss"] <= loss) for step in steps) - 1
 
 
 def speedup_text(step: dict[str, Any]) -> dict[str, str]:

@@ -50,7 +50,7 @@ def index_page(run: Run, stem: str, shortest: ShortestTexts) -> dict[str, Any]:
 
 def _cards(run: Run, shortest: ShortestTexts) -> list[dict[str, Any]]:
     """A card per pair, way of decoding and platform, in the order of the plan."""
-    cards = []
+    cards: list[dict[str, Any]] = []
     for (pair, do_sample), platform, cells in comparable(run.summary, "pair", "do_sample"):
         grid = cells[cells["arm"] == GRID_ARM]
         steps = best_speedups(grid) if len(grid) else []
@@ -124,7 +124,9 @@ def _alarms(verdicts: list[dict[str, str]], audits: list[dict[str, str]], run: R
     return alarms
 
 
-def _facts(run: Run, failed: list, missing: list, verdicts: list[dict[str, str]]) -> list[tuple[str, str]]:
+def _facts(
+    run: Run, failed: list[dict[str, Any]], missing: list[dict[str, Any]], verdicts: list[dict[str, str]]
+) -> list[tuple[str, str]]:
     """Label and value of what a reader wants to know first."""
     holding = sum(its["verdict"] == HOLDS for its in verdicts)
     each = "pairs" if len({its["pair"] for its in verdicts}) == len(verdicts) else "pairs and platforms"

@@ -58,6 +58,7 @@ def _environment() -> jinja2.Environment:
 @cache
 def _vega() -> Markup:
     """Vega, Vega-Lite and Vega-Embed as one script, those that Altair's specifications are for."""
-    vega = vl_convert.javascript_bundle(vl_version=".".join(alt.SCHEMA_VERSION.split(".")[:2]))
+    version = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
+    vega = vl_convert.javascript_bundle(vl_version=version)  # type: ignore[call-arg]  # its stub wants a snippet too
     # The bundle is not text from outside, but `</script` in one of its strings would end the element.
     return Markup(vega.replace("</script", "<\\/script"))

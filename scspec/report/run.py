@@ -49,7 +49,7 @@ def read_run(cell_paths: Iterable[Path | str], plan: dict[str, Any]) -> Run:
     return Run(plan, blocks, tally, metadata, quality, summary.assign(computed_on=_computed_on(summary, metadata)))
 
 
-def comparable(summary: pd.DataFrame, *names: str) -> Iterator[tuple[tuple, str, pd.DataFrame]]:
+def comparable(summary: pd.DataFrame, *names: str) -> Iterator[tuple[tuple[Any, ...], str, pd.DataFrame]]:
     """Yields (values of the columns, `computed_on`, cells): cells that may stand in one chart, table or verdict."""
     for values, cells in summary.groupby([*names, "computed_on"], sort=True):
         yield values[: len(names)], values[-1], cells
@@ -86,7 +86,7 @@ def _with_quality(summary: pd.DataFrame, quality: dict[str, pd.DataFrame], plan:
     A target in floating point is what the others are measured against: its quality_loss is 0.
     """
     planned = {cell.get("id"): cell.get("quality") for cell in plan["cells"]}
-    rows = [quality.get(planned.get(cell_id)) for cell_id in summary["cell_id"]]
+    rows = [quality.get(planned.get(cell_id, "")) for cell_id in summary["cell_id"]]
     found = [None if its is None else its[its["source"] == CONTINUATIONS].iloc[0] for its in rows]
     columns = {
         name: [float("nan") if row is None else float(row[source]) for row in found]

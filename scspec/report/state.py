@@ -12,7 +12,8 @@ def absent_cells(plan: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[
     failed: those whose log (`log` of the plan's cell) has a line, the last of which is in "said"; a job that still
     runs, or was killed, is among them. missing: all others.
     """
-    failed, missing = [], []
+    failed: list[dict[str, Any]] = []
+    missing: list[dict[str, Any]] = []
     for cell in plan["cells"]:
         if Path(cell["path"]).exists():
             continue

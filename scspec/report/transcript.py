@@ -7,7 +7,7 @@ shown as ids.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -60,7 +60,7 @@ def tokenizer_here(model: str) -> Tokenizer | None:
         return None
 
 
-def transcript(blocks: Mapping[str, Iterable], tokenizer: Tokenizer | None, max_tokens: int) -> Transcript:
+def transcript(blocks: Mapping[str, Iterable[Any]], tokenizer: Tokenizer | None, max_tokens: int) -> Transcript:
     """The text of one prompt and turn, block by block.
 
     blocks: TRANSCRIPT_COLUMNS of SCHEMA (a table, or a dict of columns), the rows in order and each of weight 1.

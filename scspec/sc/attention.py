@@ -35,12 +35,12 @@ def sc_attention(
     visible = torch.arange(keys - steps + 1, keys + 1, device=query.device)
     out = []
     for q, k, v in zip(query, key, value, strict=True):
-        pair = (encode(x, spec, scores_scope) for x in (q, k))
+        pair = encode(q, spec, scores_scope), encode(k, spec, scores_scope)
         scores = finish(scaled_sums(*pair, spec, backend), spec) * scaling
         probs = softmax(scores.flatten(0, 1), visible.repeat(q.shape[0])).view_as(scores)
         if granularity == "causal":
             pair = encode_causal(probs, v.transpose(1, 2), spec)
         else:
-            pair = (encode(x, spec, granularity) for x in (probs, v.transpose(1, 2)))
+            pair = encode(probs, spec, granularity), encode(v.transpose(1, 2), spec, granularity)
         out.append(finish(scaled_sums(*pair, spec, backend), spec).transpose(0, 1))
     return torch.stack(out)

@@ -3,6 +3,7 @@
 Every backend uses these codes or reproduces them bit for bit.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ def _divided(x: torch.Tensor, divisor: int) -> torch.Tensor:
     return x / torch.full_like(x, divisor)
 
 
-def _reduce(x: torch.Tensor, granularity: str, group: int, reduction) -> torch.Tensor:
+def _reduce(x: torch.Tensor, granularity: str, group: int, reduction: Callable[..., torch.Tensor]) -> torch.Tensor:
     """Return the reduction of x (..., rows, D) over each scope, broadcastable against x."""
     if granularity == "per_tensor":
         return reduction(x).reshape((1,) * x.ndim)

@@ -8,11 +8,16 @@ from collections.abc import Iterable
 from copy import deepcopy
 from fnmatch import fnmatchcase
 from types import SimpleNamespace
+from typing import Any
 
 from scspec.sc.streams import GRANULARITIES, StreamSpec, resolve_streams
 
 #: The knobs that `sc_modules` may set for some modules alone.
 MODULE_KNOBS = ("sc_stoc_len", "sc_prec")
+
+#: `sc_modules`, and what it sets for one pattern, as a value.
+Modules = dict[str, dict[str, int]]
+Override = tuple[tuple[str, int], ...]
 
 #: Every knob and its default. `sc_stoc_len` None: 2**(sc_prec - 1) with halving in bipolar mode, else 2**sc_prec.
 #:
@@ -22,7 +27,7 @@ MODULE_KNOBS = ("sc_stoc_len", "sc_prec")
 #: for its projections. Patterns that match one module must agree, since a mapping has no order. q, k and v of a layer,
 #: and its gate and up, need one setting. Of a model that was loaded without some layers, those that remain count from 0
 #: in these names.
-SC_CONFIG_DEFAULTS = {
+SC_CONFIG_DEFAULTS: dict[str, Any] = {
     "use_sc_attn": True,
     "use_sc_linear": True,
     "sc_prec": 8,
@@ -45,7 +50,7 @@ PRESETS = {
 }
 
 
-def resolve_knobs(overrides: dict | str | None) -> dict:
+def resolve_knobs(overrides: dict[str, Any] | str | None) -> dict[str, Any]:
     """Return all knobs: defaults with `overrides` (a dict, the name of a preset, or a dict with a "preset" key).
 
     Raises ValueError naming an unknown knob or preset, or a value that is not allowed.
@@ -62,7 +67,7 @@ def resolve_knobs(overrides: dict | str | None) -> dict:
     return knobs
 
 
-def check_knobs(knobs: dict) -> None:
+def check_knobs(knobs: dict[str, Any]) -> None:
     """Raise ValueError naming the knob, its value and what is allowed."""
     for name in ("use_sc_attn", "use_sc_linear", "sc_halve_bipolar", "sc_lm_head", "batch_invariant"):
         if not isinstance(knobs[name], bool):
@@ -80,22 +85,23 @@ def check_knobs(knobs: dict) -> None:
     _check_modules(knobs)
 
 
-def stream_spec(knobs) -> StreamSpec:
+def stream_spec(knobs: Any) -> StreamSpec:
     """Return the streams that the knobs (as attributes) ask for."""
     return resolve_streams(knobs.sc_mode, knobs.sc_prec, knobs.sc_stoc_len, None, knobs.sc_halve_bipolar, knobs.sc_seed)
 
 
-def frozen_modules(sc_modules: dict) -> tuple[tuple[str, tuple], ...]:
+def frozen_modules(sc_modules: Modules) -> tuple[tuple[str, Override], ...]:
     """Return `sc_modules` as a value: (pattern, items of what it sets), sorted."""
     return tuple(sorted((pattern, tuple(sorted(override.items()))) for pattern, override in sc_modules.items()))
 
 
-def deciding_patterns(sc_modules: dict, names: Iterable[str]) -> dict[str, str]:
+def deciding_patterns(sc_modules: Modules, names: Iterable[str]) -> dict[str, str]:
     """Return {name: a pattern that matches it}, without the names that none matches.
 
     Raises ValueError naming a pattern that matches no name, or two that match one and set different values.
     """
-    names, found = list(names), {}
+    names = list(names)
+    found: dict[str, str] = {}
     for pattern in sc_modules:
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
@@ -108,7 +114,7 @@ def deciding_patterns(sc_modules: dict, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _check_modules(knobs: dict) -> None:
+def _check_modules(knobs: dict[str, Any]) -> None:
     if not isinstance(knobs["sc_modules"], dict):
         raise ValueError(f"sc_modules={knobs['sc_modules']!r}: must be a mapping of patterns")
     for pattern, override in knobs["sc_modules"].items():
@@ -124,12 +130,12 @@ def _check_modules(knobs: dict) -> None:
             raise ValueError(f"sc_modules[{pattern!r}]: {error}") from None
 
 
-def _is_override(value) -> bool:
+def _is_override(value: object) -> bool:
     if not isinstance(value, dict) or not value or not set(value) <= set(MODULE_KNOBS):
         return False
     return all(isinstance(number, int) and not isinstance(number, bool) for number in value.values())
 
 
-def _check_choice(knobs: dict, name: str, allowed: tuple[str, ...]) -> None:
+def _check_choice(knobs: dict[str, Any], name: str, allowed: tuple[str, ...]) -> None:
     if knobs[name] not in allowed:
         raise ValueError(f"{name}={knobs[name]!r}: allowed are {', '.join(map(repr, allowed))}")

@@ -2,7 +2,9 @@
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -60,7 +62,7 @@ def sc_matmul(
     if smooth_scales is not None:
         _check_smooth_scales(smooth_scales, a)
         a, b = a / smooth_scales, b * smooth_scales
-    total = None
+    total: torch.Tensor | None = None
     for columns in chunk_slices(a.shape[-1], chunk_d):
         if granularity == "causal":
             pair = encode_causal(a[..., columns], b[..., columns], spec)
@@ -71,6 +73,7 @@ def sc_matmul(
             )
         part = scaled_sums(*pair, spec, backend)
         total = part if total is None else total + part
+    assert total is not None  # D is at least 1
     return finish(total, spec)
 
 
@@ -97,8 +100,8 @@ def finish(total: torch.Tensor, spec: StreamSpec) -> torch.Tensor:
     return total * (spec.max_code**2 / spec.stoc_len)
 
 
-def _batched_counts(a_codes, b_codes, spec: StreamSpec, backend: str) -> torch.Tensor:
-    counts = backend_module(backend).counts
+def _batched_counts(a_codes: torch.Tensor, b_codes: torch.Tensor, spec: StreamSpec, backend: str) -> torch.Tensor:
+    counts: Callable[[torch.Tensor, torch.Tensor, StreamSpec], torch.Tensor] = backend_module(backend).counts
     if a_codes.ndim == 2:
         return counts(a_codes, b_codes, spec)
     return torch.stack([counts(x, y, spec) for x, y in zip(a_codes, b_codes, strict=True)])
@@ -111,6 +114,8 @@ def _remove_zero_points(sums: torch.Tensor, a: Encoded, b: Encoded, spec: Stream
     """
     row_a = a.codes.double().sum(-1, keepdim=True)
     row_b = b.codes.double().sum(-1, keepdim=True).transpose(-1, -2)
+    assert a.zero is not None  # unipolar codes have one
+    assert b.zero is not None
     zero_a, zero_b = a.zero.double(), b.zero.double().transpose(-1, -2)
     depth = a.codes.shape[-1]
     offsets = depth * zero_a * zero_b - zero_b * row_a - zero_a * row_b
@@ -138,7 +143,7 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(BACKENDS[name])
 
 
-def _check_operands(a, b) -> None:
+def _check_operands(a: Any, b: Any) -> None:
     for name, x in (("a", a), ("b", b)):
         if not isinstance(x, torch.Tensor) or x.dtype != torch.float32:
             kind = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
@@ -151,13 +156,15 @@ def _check_operands(a, b) -> None:
         raise ValueError(f"b: on {b.device}; must be on a's device, {a.device}")
 
 
-def _check_finite(a, b) -> None:
+def _check_finite(a: torch.Tensor, b: torch.Tensor) -> None:
     for name, x in (("a", a), ("b", b)):
         if not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name}: has NaN or Inf; all values must be finite")
 
 
-def _check_scope(a, granularity, mode, chunk_d, group_a, group_b, b) -> None:
+def _check_scope(
+    a: torch.Tensor, granularity: str, mode: str, chunk_d: object, group_a: object, group_b: object, b: torch.Tensor
+) -> None:
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity={granularity!r}: allowed are {', '.join(map(repr, GRANULARITIES))}")
     if granularity in ("causal", "per_head") and mode != "bipolar":
@@ -178,7 +185,7 @@ def _check_scope(a, granularity, mode, chunk_d, group_a, group_b, b) -> None:
             raise ValueError(f"{name}={group}: allowed only with granularity='per_row', not {granularity!r}")
 
 
-def _check_smooth_scales(smooth_scales, a) -> None:
+def _check_smooth_scales(smooth_scales: object, a: torch.Tensor) -> None:
     depth = a.shape[-1]
     if not isinstance(smooth_scales, torch.Tensor) or smooth_scales.dtype != torch.float32:
         raise ValueError(f"smooth_scales: must be a torch.float32 tensor of shape ({depth},)")

@@ -42,12 +42,12 @@ class StreamSpec:
     @property
     def base(self) -> int:
         """Points of the Sobol sequence, and how many dimensions have streams of their own."""
-        return 2**self.sc_prec
+        return 1 << self.sc_prec
 
     @property
     def max_code(self) -> int:
         """Largest magnitude code q."""
-        return 2 ** (self.sc_prec - (self.mode == "bipolar")) - 1
+        return (1 << (self.sc_prec - (self.mode == "bipolar"))) - 1
 
 
 def resolve_streams(
@@ -79,7 +79,7 @@ def resolve_streams(
     return StreamSpec(sc_prec, int(stoc_len), int(rng_levels), mode, int(sc_seed))
 
 
-def _check_int(name: str, value, lowest: int, highest: int, note: str = "") -> None:
+def _check_int(name: str, value: object, lowest: int, highest: int, note: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise ValueError(f"{name}={value!r}: must be an int from {lowest} to {highest}{note}")
     if not lowest <= value <= highest:

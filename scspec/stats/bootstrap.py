@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ class Chunk:
     drawn below MIN_PROMPTS.
     """
 
-    units: list
+    units: list[Any]
     gamma: int
     prompts: int
     sums: Sums

@@ -109,7 +109,7 @@ def positions(tally: Tally, *, resamples: int = 2000, seed: int = 0) -> pd.DataF
     return pd.DataFrame(rows, columns=POSITION_COLUMNS).sort_values(["cell_id", "i"], ignore_index=True)
 
 
-def _position_rows(chunk: Chunk) -> Iterator[tuple]:
+def _position_rows(chunk: Chunk) -> Iterator[tuple[Any, ...]]:
     total = chunk.sums.total()
     reached, alphas = survival(total), position_alphas(total)
     drawn_reached, drawn_alphas = survival(chunk.drawn), position_alphas(chunk.drawn)

@@ -22,7 +22,8 @@ def one_sided_share(prompts: int) -> float:
     gives tau = 1 / (s / (gamma + 1) + 1 - s) tokens a pass: s = h bounds tau = gamma + 1 from below, s = 1 - h
     bounds tau = 1 from above.
     """
-    return (1 - INTERVAL_LEVEL) ** (1 / prompts)
+    share: float = (1 - INTERVAL_LEVEL) ** (1 / prompts)
+    return share
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:

@@ -52,7 +52,7 @@ def paired_differences(
     return pd.DataFrame([_difference_row(*pair, cells) for pair in pairs], columns=DIFFERENCE_COLUMNS)
 
 
-def _difference_row(cell_id_a: str, cell_id_b: str, cells: Mapping[str, ResampledCell]) -> tuple:
+def _difference_row(cell_id_a: str, cell_id_b: str, cells: Mapping[str, ResampledCell]) -> tuple[Any, ...]:
     a, b = cells[cell_id_a], cells[cell_id_b]
     share = one_sided_share(a.prompts)
     worst = share * (b.alpha - a.alpha)

@@ -58,7 +58,7 @@ def _unit_sums(rows: pd.DataFrame) -> pd.DataFrame:
 def _summary(sums: pd.DataFrame, resamples: int, seed: int) -> dict[str, float | int | str]:
     """QUALITY_COLUMNS of one source but its name."""
     draws = bootstrap_draws(stratum_sizes(sums.index.get_level_values("category").to_numpy()), resamples, seed)
-    summary = {"tokens": int(sums["tokens"].sum()), "units": len(sums)}
+    summary: dict[str, float | int | str] = {"tokens": int(sums["tokens"].sum()), "units": len(sums)}
     drawn_tokens = draws @ sums["tokens"].to_numpy()
     for name, (column, function) in _ESTIMATES.items():
         mean = sums[column].sum() / sums["tokens"].sum()

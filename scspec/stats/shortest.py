@@ -43,17 +43,17 @@ def shortest_streams(
     of_length = {length: [cell_id for cell_id in lengths if lengths[cell_id] == length] for length in lengths.values()}
     ordered = sorted(of_length)
     groups = [reference, *(of_length[length] for length in ordered)]
-    whole, *alphas = [np.mean([cells[cell_id].alpha for cell_id in group]) for group in groups]
+    whole, *alphas = [float(np.mean([cells[cell_id].alpha for cell_id in group])) for group in groups]
     drawn_whole, *drawn = [np.mean([cells[cell_id].alphas for cell_id in group], axis=0) for group in groups]
     choices = np.array([*ordered, np.inf])
-    length = choices[_first_kept(np.array(alphas)[:, None], whole, share)[0]]
+    length = float(choices[_first_kept(np.array(alphas)[:, None], whole, share)[0]])
     low = high = np.nan
     if prompts >= MIN_PROMPTS:
         chosen = choices[_first_kept(np.array(drawn), drawn_whole, share)]
         tail = (1 - INTERVAL_LEVEL) / 2
         low = np.quantile(chosen, tail, method="inverted_cdf")
         high = np.quantile(chosen, 1 - tail, method="inverted_cdf")
-    alpha = alphas[ordered.index(length)] if np.isfinite(length) else np.nan
+    alpha = alphas[ordered.index(int(length))] if np.isfinite(length) else np.nan
     return {
         **{"length": length, "length_lo": low, "length_hi": high},
         **{"alpha": alpha, "reference_alpha": whole, "prompts": prompts},
