@@ -107,6 +107,12 @@ def test_streams_that_keep_everything_and_streams_that_keep_nothing(tmp_path):
     assert row["alpha"] == "below 95% of 1.000"
 
 
+def test_where_floating_point_accepts_nothing_no_length_is_praised(tmp_path):
+    run = run_of(tmp_path, (fake_keys(arm="float_float"), 0), (fake_keys(), 0))
+    (row,) = shortest_texts(run, run.summary)
+    assert (row["length"], row["alpha"]) == ("nothing to keep", "0.000 in floating point")
+
+
 def test_no_shortest_streams_without_floating_point(tmp_path):
     run = run_of(tmp_path, (fake_keys(), 0.5))
     assert shortest_texts(run, run.summary) == []

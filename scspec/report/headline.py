@@ -94,6 +94,8 @@ def _cycles(length: float) -> str:
 
 
 def _length_text(found: dict[str, float | int]) -> str:
+    if not found["reference_alpha"]:
+        return "nothing to keep"
     if found["prompts"] < MIN_PROMPTS:
         return f"{_cycles(found['length'])} (no interval: fewer than {MIN_PROMPTS} prompts)"
     low, high = (_cycles(found[name]) for name in ("length_lo", "length_hi"))
@@ -101,5 +103,7 @@ def _length_text(found: dict[str, float | int]) -> str:
 
 
 def _alpha_text(found: dict[str, float | int]) -> str:
+    if not found["reference_alpha"]:
+        return f"{number(found['reference_alpha'])} in floating point"
     missed = f"below {KEPT_SHARE:.0%} of {number(found['reference_alpha'])}"
     return missed if np.isnan(found["alpha"]) else f"{number(found['alpha'])} of {number(found['reference_alpha'])}"
