@@ -34,64 +34,44 @@ def _run_job(context: typer.Context, kind: str, function: str, line: str, *paths
     run(job, *paths, **counts)
 
 
-@app.command("run-cell")
-def run_cell(
-    context: typer.Context,
-    line: Line,
-    output: Output,
-    threads: Threads = 1,
-    gpus: Gpus = 1,
-    cells_per_gpu: CellsPerGpu = 1,
-    prompts_per_batch: PromptsPerBatch = 1,
-) -> None:
-    """Run one cell and write its Parquet file."""
-    counts = {"threads": threads, "gpus": gpus, "cells_per_gpu": cells_per_gpu, "prompts_per_batch": prompts_per_batch}
-    _run_job(context, "Cell", "run.run_cell", line, output, **counts)
+def _add_decoding(command: str, kind: str, function: str, says: str) -> None:
+    """Add a command whose job decodes prompts."""
+
+    @app.command(command, help=says)
+    def run(
+        context: typer.Context,
+        line: Line,
+        output: Output,
+        threads: Threads = 1,
+        gpus: Gpus = 1,
+        cells_per_gpu: CellsPerGpu = 1,
+        prompts_per_batch: PromptsPerBatch = 1,
+    ) -> None:
+        counts = {"threads": threads, "gpus": gpus, "cells_per_gpu": cells_per_gpu}
+        _run_job(context, kind, function, line, output, **counts, prompts_per_batch=prompts_per_batch)
 
 
-@app.command("run-trajectory")
-def run_trajectory(
-    context: typer.Context,
-    line: Line,
-    output: Output,
-    threads: Threads = 1,
-    gpus: Gpus = 1,
-    cells_per_gpu: CellsPerGpu = 1,
-    prompts_per_batch: PromptsPerBatch = 1,
-) -> None:
-    """Decode a target's own texts, which replayed cells share."""
-    counts = {"threads": threads, "gpus": gpus, "cells_per_gpu": cells_per_gpu, "prompts_per_batch": prompts_per_batch}
-    _run_job(context, "Trajectory", "replay.run_trajectory", line, output, **counts)
+def _add_scoring(command: str, kind: str, function: str, says: str) -> None:
+    """Add a command whose job scores a trajectory's texts."""
+
+    @app.command(command, help=says)
+    def run(
+        context: typer.Context,
+        line: Line,
+        trajectory: TrajectoryFile,
+        output: Output,
+        threads: Threads = 1,
+        gpus: Gpus = 1,
+        cells_per_gpu: CellsPerGpu = 1,
+    ) -> None:
+        counts = {"threads": threads, "gpus": gpus, "cells_per_gpu": cells_per_gpu}
+        _run_job(context, kind, function, line, trajectory, output, **counts)
 
 
-@app.command("run-predictions")
-def run_predictions(
-    context: typer.Context,
-    line: Line,
-    trajectory: TrajectoryFile,
-    output: Output,
-    threads: Threads = 1,
-    gpus: Gpus = 1,
-    cells_per_gpu: CellsPerGpu = 1,
-) -> None:
-    """Run a draft over a target's texts."""
-    counts = {"threads": threads, "gpus": gpus, "cells_per_gpu": cells_per_gpu}
-    _run_job(context, "Predictions", "replay.run_predictions", line, trajectory, output, **counts)
-
-
-@app.command("run-quality")
-def run_quality(
-    context: typer.Context,
-    line: Line,
-    trajectory: TrajectoryFile,
-    output: Output,
-    threads: Threads = 1,
-    gpus: Gpus = 1,
-    cells_per_gpu: CellsPerGpu = 1,
-) -> None:
-    """Score a target on a fixed text, beside itself in floating point."""
-    counts = {"threads": threads, "gpus": gpus, "cells_per_gpu": cells_per_gpu}
-    _run_job(context, "Quality", "quality.run_quality", line, trajectory, output, **counts)
+_add_decoding("run-cell", "Cell", "run.run_cell", "Run one cell and write its Parquet file.")
+_add_decoding("run-trajectory", "Trajectory", "replay.run_trajectory", "Decode a target's texts, which cells share.")
+_add_scoring("run-predictions", "Predictions", "replay.run_predictions", "Run a draft over a target's texts.")
+_add_scoring("run-quality", "Quality", "quality.run_quality", "Score a target beside itself in floating point.")
 
 
 @app.command()
