@@ -1,4 +1,4 @@
-"""Golden vectors of the published kernels: what `sc_matmul` must give (DESIGN section 2), and how far a backend is off.
+"""Golden vectors of the published kernels: what `sc_matmul` must give (docs/method.md), and how far a backend is off.
 
 54 cases over every mode, scope, five precisions and 20 lengths, with inputs whose rounding is unambiguous. Tests go
 through all of them; `scspec doctor` asks each backend of a machine for its `worst_error`.
