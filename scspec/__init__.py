@@ -7,8 +7,8 @@ config -> cells -> (prompts, models -> patching) -> decoding (over sc + invarian
     jobs                 what a job is: a line of JSON, a Parquet file, the models it needs
     prompts, prompt_rows prompt files -> what each row says -> token ids
     models, aliases,     where weights come from; the int8 weights of the draft in drafts/;
-    conversion, int8,    and one model instance rewired to SC
-    patching
+    conversion, int8,    devices and dtypes; and one model instance rewired to SC
+    placement, patching
     sc, invariant        the stochastic matmul; batch-invariant float arithmetic
     decoding             plain and speculative decoding, exact
     task                 what jobs that run models share, and where these meet

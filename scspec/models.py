@@ -7,7 +7,7 @@ A model name is an alias (`aliases`: a file pinned by hash), a local folder, or 
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial, reduce
+from functools import lru_cache, partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from transformers import (
 
 from scspec.aliases import ALIASES, fetch_alias
 from scspec.families import check_config, check_stored_config
-from scspec.patching import Placement, check_dtype, layer_devices, model_backend, patch_model, resolve_devices
+from scspec.patching import patch_model
+from scspec.placement import Placement, check_placement, layer_devices, resolve_devices
 from scspec.provenance import sha256_of
 from scspec.sc.knobs import resolve_knobs
-from scspec.sc.matmul import backend_module
 
 #: Whatever a tokenizer may be saved as.
 _TOKENIZER_FILES = ("*.model", "merges.txt", "vocab.txt", "tokenizer*")
@@ -144,11 +144,26 @@ def vocabulary_size(name: str) -> int:
     `vocab_size`. Raises ValueError as `model_config`.
     """
     size: int = model_config(name).vocab_size
+    return min(size, max(_vocabulary(name).values()) + 1) if _tokenizer_state(name) else size
+
+
+def _tokenizer_state(name: str) -> tuple[tuple[str, int], ...]:
+    """Return (path, time of its last change in ns) of each file that the tokenizer of model `name` may be made of."""
     folder = local_folder(name)
-    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
-        return size
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)})
+    return tuple((str(file), file.stat().st_mtime_ns) for file in files)
+
+
+def _vocabulary(name: str) -> dict[str, int]:
+    """Return {token: id} of model `name`, not to be changed. Raises ValueError as `load_tokenizer`."""
+    return _read_vocabulary(name, _tokenizer_state(name))
+
+
+@lru_cache(maxsize=8)
+def _read_vocabulary(name: str, state: tuple[tuple[str, int], ...]) -> dict[str, int]:
+    """Reading a tokenizer takes half a second, and checks of a pair ask for it again and again."""
     vocabulary: dict[str, int] = load_tokenizer(name).get_vocab()
-    return min(size, max(vocabulary.values()) + 1)
+    return vocabulary
 
 
 def load_model(
@@ -219,15 +234,6 @@ def _stored_dtype(name: str, folder: Path) -> torch.dtype:
     return reduce(torch.promote_types, (_STORED_DTYPES[dtype] for dtype in found))
 
 
-def check_placement(device: Placement, dtype: torch.dtype, backend: str | None) -> None:
-    """Raise ValueError for a device that is not here, or a dtype or backend that it does not have."""
-    devices = resolve_devices(device)
-    backend = model_backend(backend, devices[0])
-    check_dtype(dtype, backend)
-    for found in devices if backend == "cuda" else ():
-        backend_module(backend).stage_bytes(found)
-
-
 def _skip_layers(model: PreTrainedModel, skipped: set[int]) -> None:
     kept = [layer for index, layer in enumerate(model.model.layers) if index not in skipped]
     model.model.layers = nn.ModuleList(kept)
@@ -284,7 +290,7 @@ def check_vocabularies(target_model: str, draft_model: str) -> None:
     if target_model == draft_model:
         return
     sizes = [vocabulary_size(name) for name in (target_model, draft_model)]
-    tokens = [load_tokenizer(name).get_vocab() for name in (target_model, draft_model)]
+    tokens = [_vocabulary(name) for name in (target_model, draft_model)]
     if sizes[0] != sizes[1] or tokens[0] != tokens[1]:
         raise ValueError(
             f"draft {draft_model!r} and target {target_model!r}: their vocabularies differ ({sizes[1]} and {sizes[0]} "

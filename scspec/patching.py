@@ -6,7 +6,7 @@ interface. The knobs live on `model.config`. Nothing of another instance, even o
 Not covered: where weights come from (`models`). Models of no family in `families` are refused.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from types import MethodType, ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -21,6 +21,7 @@ from scspec.attention import CausalAttention
 from scspec.decoding.cache import KVCache
 from scspec.families import FAMILIES, Family, check_config
 from scspec.invariant import InvariantRMSNorm, InvariantRotary, InvariantSiLU
+from scspec.placement import Placement, check_dtype, layer_devices, model_backend, on_device, resolve_devices
 from scspec.sc.knobs import (
     SC_CONFIG_DEFAULTS,
     Modules,
@@ -31,7 +32,7 @@ from scspec.sc.knobs import (
     resolve_knobs,
 )
 from scspec.sc.linear import SCLinear, SharedInput
-from scspec.sc.matmul import GPU_BACKENDS, resolve_backend
+from scspec.sc.matmul import GPU_BACKENDS
 
 if TYPE_CHECKING:
 
@@ -47,9 +48,7 @@ if TYPE_CHECKING:
         wiring: "_Wiring"
 
 
-Placement = torch.device | str | Sequence[torch.device | str]
 _ATTENTION_NAME = "scspec"
-GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Linears of a decoder layer that read one tensor.
 _SHARED_INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
@@ -106,68 +105,10 @@ def patch_model(
     for part, device in zip((*decoder.layers, decoder.norm, model.lm_head), (*devices, *devices[-1:] * 2), strict=True):
         _settle(part, device, dtype, keep_float_weights)
         if spread:
-            part.forward = partial(_on_device, part.forward, device)
+            part.forward = partial(on_device, part.forward, device)
     model.config.dtype = dtype
     model.wiring = _Wiring(model)
     return model
-
-
-def model_backend(backend: str | None, device: torch.device) -> str:
-    """Return the backend of a model on `device`. Raises ValueError for one that packs no weights."""
-    backend = resolve_backend(backend, device)
-    if backend == "reference":
-        raise ValueError(
-            "backend='reference': multiplies, but packs no weights of a model; on the CPU allowed is 'cpu'"
-        )
-    return backend
-
-
-def resolve_devices(device: Placement) -> tuple[torch.device, ...]:
-    """Return the devices, a GPU with its number. Raises ValueError for one that is not here, or of different kinds."""
-    names = [device] if isinstance(device, str | torch.device) else list(device)
-    devices = tuple(_resolve_device(name) for name in names)
-    if len({found.type for found in devices}) != 1:
-        raise ValueError(f"device={names}: must be one device or several of a kind")
-    return devices
-
-
-def _resolve_device(name: torch.device | str) -> torch.device:
-    try:
-        found = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device={name!r}: allowed are 'cpu' and 'cuda'") from None
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r}: allowed are 'cpu' and 'cuda'")
-    if found.type == "cpu":
-        return found
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if not count:
-        raise ValueError(f"device={name!r}: torch {torch.__version__} finds no CUDA device here")
-    index = torch.cuda.current_device() if found.index is None else found.index
-    if index >= count:
-        raise ValueError(f"device={name!r}: here are 'cuda:0' to 'cuda:{count - 1}'")
-    return torch.device("cuda", index)
-
-
-def layer_devices(layers: int, devices: Sequence[torch.device]) -> list[torch.device]:
-    """Return the device of each decoder layer: in order, in shares that differ by a layer at most (all are one size).
-
-    Raises ValueError for more devices than layers.
-    """
-    if len(devices) > layers:
-        raise ValueError(f"device: {len(devices)} devices for {layers} layers")
-    return [devices[index * len(devices) // layers] for index in range(layers)]
-
-
-def _on_device(forward: Callable[..., Any], device: torch.device, *arguments: Any, **named: Any) -> Any:
-    """Return what `forward` does with its tensors moved to `device`."""
-    return forward(*_moved(arguments, device), **{name: _moved(value, device) for name, value in named.items()})
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_moved(each, device) for each in value)
-    return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
 class _Wiring:
@@ -188,13 +129,6 @@ class _Wiring:
 
     def _present_forwards(self) -> list[Any]:
         return [vars(module).get("forward") for module in self._modules]
-
-
-def check_dtype(dtype: torch.dtype, backend: str) -> None:
-    """Raise ValueError for a dtype of floats that models do not have on `backend`."""
-    allowed = GPU_DTYPES if backend in GPU_BACKENDS else (torch.float32,)
-    if dtype not in allowed:
-        raise ValueError(f"dtype={dtype}: on backend {backend!r} allowed are {', '.join(map(str, allowed))}")
 
 
 def _settle(part: nn.Module, device: torch.device, dtype: torch.dtype, keep_float_weights: bool) -> None:

@@ -22,13 +22,13 @@ from scspec.decoding import (
     one_turn,
 )
 from scspec.models import (
-    check_placement,
     check_vocabularies,
     context_limit,
     load_spec_models,
     load_tokenizer,
     local_folder,
 )
+from scspec.placement import check_placement
 from scspec.prompts import encode_turn
 from scspec.sc.knobs import PRESETS, resolve_knobs
 from scspec.task import eos_token_ids, warm_up_turn

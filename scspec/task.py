@@ -28,7 +28,6 @@ from scspec.decoding import (
 from scspec.hardware import cost_per_token, sc_mac_share
 from scspec.jobs import Cell, Side, Trajectory
 from scspec.models import (
-    check_placement,
     check_vocabularies,
     context_limit,
     fetch_model,
@@ -37,6 +36,7 @@ from scspec.models import (
     vocabulary_size,
 )
 from scspec.patching import knobs_of
+from scspec.placement import check_placement
 from scspec.prompt_rows import Prompt
 from scspec.prompts import load_prompts, token_ids_sha256, turn_ids
 from scspec.provenance import sha256_of_setting

@@ -237,7 +237,7 @@ def test_devices_backends_and_dtypes_are_those_of_the_models() -> None:
     """The configuration keeps a list of its own because it imports no torch."""
     import torch
 
-    from scspec.patching import GPU_DTYPES, model_backend
+    from scspec.placement import GPU_DTYPES, model_backend
     from scspec.sc import matmul
 
     refused = "reference"  # it packs no weights of a model

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +17,7 @@ from scspec import aliases, models
 from scspec.aliases import ALIASES
 from scspec.decoding import generate_cached
 from scspec.models import fetch_model, load_model, load_spec_models
+from scspec.placement import check_placement
 from scspec.sc.linear import SCLinear
 
 
@@ -116,7 +120,7 @@ def check_with_cards(monkeypatch, cards, device, backend="cuda"):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found[device.index])
-    models.check_placement(device, torch.float16, backend)
+    check_placement(device, torch.float16, backend)
 
 
 A100, T4, GEFORCE = 166912, 65536, 101376
@@ -152,6 +156,20 @@ def test_different_vocabularies_are_refused_before_weights_are_loaded(folder, tm
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ValueError, match="vocabularies differ"):
         load_spec_models(folder, str(other))
+
+
+def test_a_tokenizer_is_read_once_for_all_checks_of_a_pair_and_again_once_it_has_changed(folder, tmp_path, monkeypatch):
+    pair = [str(shutil.copytree(folder, tmp_path / side)) for side in ("target", "draft")]
+    read, load = [], models.load_tokenizer
+    monkeypatch.setattr(models, "load_tokenizer", lambda name: read.append(name) or load(name))
+    models.check_vocabularies(*pair)
+    for name in pair:
+        load_model(name)
+    assert sorted(read) == sorted(pair)
+    tokenizer = Path(pair[1], "tokenizer.json")
+    os.utime(tokenizer, ns=(0, tokenizer.stat().st_mtime_ns + 1))
+    models.check_vocabularies(*pair)
+    assert read[2:] == pair[1:]
 
 
 def test_aliases_are_frozen():

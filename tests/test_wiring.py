@@ -8,7 +8,8 @@ from test_patching import IDS, logits, patched
 from tiny import tiny_model
 from torch import nn
 
-from scspec.patching import _fused_forward, _on_device, layer_devices, patch_model
+from scspec.patching import _fused_forward, patch_model
+from scspec.placement import layer_devices, on_device
 
 
 class Halved(nn.Module):
@@ -75,7 +76,7 @@ def test_a_forward_put_over_a_spread_layers_own_is_used():
 
 def test_a_device_named_twice_moves_rows_all_the_same():
     model = patched(device=["cpu:0", "cpu:1", "cpu:0"])
-    assert all(layer.forward.func is _on_device for layer in model.model.layers)
+    assert all(layer.forward.func is on_device for layer in model.model.layers)
 
 
 def test_layers_taken_out_by_hand_are_left_out():
@@ -121,6 +122,6 @@ def test_what_a_module_is_given_comes_to_its_device():
     """hidden, and cos and sin in a tuple; what is no tensor stays."""
     device = torch.device("meta")
     inputs = {"pair": (torch.ones(1), torch.ones(2)), "other": "x"}
-    (found, named) = _on_device(lambda x, **named: (x, named), device, torch.ones(3), **inputs)
+    (found, named) = on_device(lambda x, **named: (x, named), device, torch.ones(3), **inputs)
     assert [x.device for x in (found, *named["pair"])] == [device] * 3
     assert named["other"] == "x"
