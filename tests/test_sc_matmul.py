@@ -275,29 +275,6 @@ def test_one_huge_value_leaves_only_itself(backend):
     assert out[2].nonzero().tolist() == [[33]]
 
 
-def test_rounding_ties_go_to_even():
-    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 126.5, -126.5]])  # scale 1
-    assert encode(x, resolve_streams(), "per_row").codes.tolist() == [[127, 0, 2, 2, 0, -2, -2, 126, -126]]
-    x = torch.tensor([[-0.5, 254.5, 0.5, 1.5, 2.5]])  # unipolar: scale 1, zero point rint(0.5) = 0; -0.5 and 254.5 tie
-    encoded = encode(x, resolve_streams("unipolar"), "per_row")
-    assert encoded.zero.tolist() == [[0]]
-    assert encoded.codes.tolist() == [[0, 254, 0, 2, 2]]
-    a = torch.tensor([[1.0, 1.0, 1.0]])  # causal: p = 3, q = 3; folded rows (3, 1.5, 0.5) / 1 have ties
-    b = torch.tensor([[9.0, 4.5, 1.5], [0.0, 0.0, 0.0]])
-    first, second = encode_causal(a, b, resolve_streams("bipolar", 3))
-    assert first.codes.tolist() == [[3, 2, 0]]
-    assert second.codes.tolist() == [[3, 3, 3], [0, 0, 0]]
-
-
-def test_scale_floor():
-    spec = resolve_streams()
-    below, above = torch.tensor([[4e-6, 1e-7]]), torch.tensor([[2e-5, 1e-6]])
-    assert encode(below, spec, "per_row").codes.tolist() == [[51, 1]]  # 4e-6 * 127 / 1e-5 = 50.8
-    assert encode(above, spec, "per_row").codes.tolist() == [[127, 6]]
-    a, b = torch.tensor([[1e-20, 4e-20]]), torch.tensor([[1.0, 1.0]])  # causal probabilities have no floor
-    assert encode_causal(a, b, spec)[0].codes.tolist() == [[32, 127]]
-
-
 @each_backend
 @pytest.mark.parametrize("rows", range(1, 10))
 @pytest.mark.parametrize("columns", [1, 3])
