@@ -9,6 +9,7 @@ from scspec.sc.streams import resolve_streams
 
 SCOPES = [  # (granularity, group, the scope of row i of head h)
     ("per_row", 1, lambda head, row: (head, row)),
+    ("per_row", 2, lambda head, row: (head, row // 2)),
     ("per_row", 3, lambda head, row: (head, row // 3)),
     ("per_head", 1, lambda head, row: head),
     ("per_tensor", 1, lambda head, row: 0),
@@ -42,7 +43,7 @@ def test_each_scope_has_its_own_scale(mode, granularity, group, scope):
     spec = resolve_streams(mode, 5)
     x = np.random.default_rng(group).normal(size=(2, 6, 7)).astype("f4")
     x *= np.array([1, 2, 5, 0, 30, 100], "f4")[:, None]  # rows of other sizes, and one of zeros
-    x[1] += 3  # no negative value in some rows, so that a zero point is clamped
+    x += np.array([-9, 3], "f4")[:, None, None]  # rows without a positive or a negative value: zero points are clamped
     encoded = encode(torch.from_numpy(x), spec, granularity, group)
     codes, scales, zeros = naive(x, spec, scope)
     assert encoded.codes.dtype == torch.int16
@@ -53,6 +54,14 @@ def test_each_scope_has_its_own_scale(mode, granularity, group, scope):
     else:
         np.testing.assert_array_equal(encoded.zero.expand(zeros.shape), zeros)
     assert encoded.scale.ndim == 3
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_rows_without_heads_are_those_of_one_head(group):
+    x, spec = torch.randn(2, 6, 7, generator=torch.Generator().manual_seed(0)), resolve_streams()
+    heads, alone = encode(x, spec, "per_row", group), encode(x[1], spec, "per_row", group)
+    assert torch.equal(alone.codes, heads.codes[1])
+    assert torch.equal(alone.scale, heads.scale[1])
 
 
 def test_causal_scales_go_from_keys_to_rows():
@@ -96,3 +105,11 @@ def test_scale_floor():
     assert encode(above, spec, "per_row").codes.tolist() == [[127, 6]]
     a, b = torch.tensor([[1e-20, 4e-20]]), torch.tensor([[1.0, 1.0]])  # causal probabilities have no floor
     assert encode_causal(a, b, spec)[0].codes.tolist() == [[32, 127]]
+
+
+def test_codes_stay_in_range_where_a_scale_has_lost_its_bits():
+    tiny = 2.0**-149  # float32's smallest number; 190 / 127 of it rounds to one of it
+    a, b = torch.tensor([[190.0, -190.0, 64.0]]) * tiny, torch.full((1, 3), 127.0)
+    first, _ = encode_causal(a, b, resolve_streams())
+    assert first.scale.tolist() == [[tiny]]
+    assert first.codes.tolist() == [[127, -127, 64]]
