@@ -11,7 +11,7 @@ config -> cells -> (prompts, models -> patching) -> decoding (over sc + invarian
     placement, patching
     sc, invariant        the stochastic matmul; batch-invariant float arithmetic
     decoding             plain and speculative decoding, exact
-    task                 what jobs that run models share, and where these meet
+    task, preflight      what jobs that run models share, and where these meet; what is checked before they load
     run, replay, quality the jobs: a cell as a loop; cells from texts and predictions; a target beside itself in float
     results, stats       Parquet rows -> estimates with intervals
     compare              two cells or grids -> differences

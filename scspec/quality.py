@@ -15,11 +15,12 @@ import numpy as np
 from scspec.checkpoint import FinishedPrompt
 from scspec.decoding import CachedScorer
 from scspec.jobs import Quality
+from scspec.preflight import check_planned
 from scspec.prompt_rows import Prompt
 from scspec.provenance import sha256_of
 from scspec.replay import check_alike, read_trajectory, teacher_forced
 from scspec.results import CONTINUATIONS, QUALITY_KEYS, QUALITY_SCHEMA, TEXT_FILE, write_rows
-from scspec.task import Save, Task, check_planned
+from scspec.task import Save, Task
 
 #: Tokens of a text file that are scored with one context: the first of each window is only read.
 WINDOW_TOKENS = 512

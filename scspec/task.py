@@ -1,4 +1,4 @@
-"""What every job that runs models shares: checks before anything is loaded, models, prompts, checkpoint, metadata."""
+"""What every job that runs models shares: models, prompts, checkpoint, metadata."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,7 +9,6 @@ from typing import Any
 
 import numba
 import torch
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 from scspec import provenance
@@ -27,19 +26,19 @@ from scspec.decoding import (
 )
 from scspec.hardware import cost_per_token, sc_mac_share
 from scspec.jobs import Cell, Side, Trajectory
-from scspec.models import (
-    check_vocabularies,
-    context_limit,
-    fetch_model,
-    load_model,
-    load_tokenizer,
-    vocabulary_size,
-)
+from scspec.models import check_vocabularies, fetch_model, load_model, load_tokenizer
 from scspec.patching import knobs_of
-from scspec.placement import check_placement
+from scspec.preflight import (
+    check_gpus,
+    check_length,
+    checked_first_turns,
+    checked_prompts,
+    devices,
+    named_turn_ids,
+    unanswered_turns,
+)
 from scspec.prompt_rows import Prompt
-from scspec.prompts import load_prompts, token_ids_sha256, turn_ids
-from scspec.provenance import sha256_of_setting
+from scspec.prompts import token_ids_sha256
 from scspec.results import SCHEMA_VERSION
 from scspec.sc.knobs import PRESETS, resolve_knobs
 
@@ -81,8 +80,8 @@ class Task:
         Raises ValueError that names what is wrong. Sets the process's thread counts.
         """
         checkpoint = Checkpoint(output)
-        prompts = _checked_prompts(spec)
-        _check_placement(spec, gpus)
+        prompts = checked_prompts(spec)
+        check_gpus(spec, gpus)
         for side in sides.values():
             resolve_knobs(_overrides(side))
             check_vocabularies(spec.target.model, side.model)
@@ -90,7 +89,7 @@ class Task:
         cores = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]  # made when numba is imported
         numba.set_num_threads(min(threads, cores))
         tokenizer = load_tokenizer(spec.target.model)
-        first_turns = _checked_first_turns(spec, sides, prompts, tokenizer, beyond)
+        first_turns = checked_first_turns(spec, sides, prompts, tokenizer, beyond)
         models = {name: _load(spec, side, gpus) for name, side in sides.items()}
         return cls(spec, sides, models, prompts, first_turns, tokenizer, beyond, checkpoint)
 
@@ -202,7 +201,7 @@ class Task:
 
     def _warm_up(self, prompt: Prompt, slots: int, gamma: int) -> list[Conversation]:
         """Return conversations whose blocks nobody counts: what is compiled or captured there is in no block's time."""
-        ids = turn_ids(self.tokenizer, prompt)
+        ids = named_turn_ids(self.tokenizer, prompt, [])
         warm_up = warm_up_turn(ids, self._budget(prompt), gamma, self.spec.device)
         return [one_turn(warm_up) for _ in range(slots)]
 
@@ -210,8 +209,8 @@ class Task:
         """Yield the prompt's turns, each after the reply to the one before, and append their ids to `token_ids`."""
         replies: list[str] = []
         for turn in range(len(prompt.turns)):
-            ids = _turn_ids(self.tokenizer, prompt, replies)
-            _check_length(self.spec, prompt, turn, len(ids), self.beyond, self.limit)
+            ids = named_turn_ids(self.tokenizer, prompt, replies)
+            check_length(self.spec, prompt, turn, len(ids), self.beyond, self.limit)
             token_ids.append(ids)
             draws = Draws(key_from(self.spec.sampling_seed, prompt.prompt_id, turn))
             new_ids = yield Turn(ids, self._budget(prompt), draws, past_end)
@@ -220,7 +219,7 @@ class Task:
     def _capacity(self, prompts: list[Prompt]) -> int:
         """Return the positions that the longest prompt is likely to need; replies may encode to more tokens again."""
         likely = max(
-            len(_unanswered_turns(self.tokenizer, prompt)[-1]) + len(prompt.turns) * self._budget(prompt)
+            len(unanswered_turns(self.tokenizer, prompt)[-1]) + len(prompt.turns) * self._budget(prompt)
             for prompt in prompts
         )
         return min(likely + self.beyond - 1, self.limit)
@@ -242,81 +241,10 @@ def warm_up_turn(ids: list[int], max_new_tokens: int, gamma: int, device: str) -
     return Turn(ids[: WARM_UP_TOKENS[device]], budget, Draws(0))
 
 
-def check_planned(path: str, sha256: str | None, setting: str, job: str) -> None:
-    """Raise ValueError if the file that a setting names is not the one that a job was planned with.
-
-    Raises FileNotFoundError if it cannot be read.
-    """
-    if (found := sha256_of_setting(path, setting)) != sha256:
-        raise ValueError(f"{setting} {path}: its SHA-256 is {found}, the {job} was planned with {sha256}")
-
-
-def _checked_prompts(spec: Cell | Trajectory) -> list[Prompt]:
-    check_planned(spec.prompt_file, spec.prompt_sha256, "prompt_file", "cell")
-    return load_prompts(spec.prompt_file)[: spec.prompt_limit]
-
-
-def _check_placement(spec: Cell | Trajectory, gpus: int) -> None:
-    check_placement(spec.device, getattr(torch, spec.dtype), spec.backend)
-    here = torch.cuda.device_count() if spec.device == "cuda" else 1
-    if not 1 <= gpus <= here:
-        raise ValueError(f"gpus={gpus}: allowed are 1..{here} with device {spec.device!r} here")
-    check_placement(_devices(spec, gpus), getattr(torch, spec.dtype), spec.backend)
-
-
-def _devices(spec: Cell | Trajectory, gpus: int) -> str | list[str]:
-    return spec.device if gpus == 1 else [f"cuda:{index}" for index in range(gpus)]
-
-
-def _checked_first_turns(
-    spec: Cell | Trajectory, sides: dict[str, Side], prompts: list[Prompt], tokenizer: Any, beyond: int
-) -> list[list[int]]:
-    """Return what the first turn of each prompt starts from.
-
-    Raises ValueError naming the prompt for token ids that the models do not know, and for a turn that needs more
-    positions than they have even if all replies before it are empty.
-    """
-    limit, known = min(context_limit(side.model) for side in sides.values()), vocabulary_size(spec.target.model)
-    first_turns = []
-    for prompt in prompts:
-        turns = _unanswered_turns(tokenizer, prompt)
-        for turn, ids in enumerate(turns):
-            if (largest := max(ids)) >= known:
-                wrong = f"token id {largest}; the models know 0..{known - 1}"
-                raise ValueError(f"prompt {prompt.prompt_id!r}, turn {turn}: {wrong}")
-            _check_length(spec, prompt, turn, len(ids), beyond, limit)
-        first_turns.append(turns[0])
-    return first_turns
-
-
-def _unanswered_turns(tokenizer: Any, prompt: Prompt) -> list[list[int]]:
-    """Return what each turn of a prompt starts from if all replies before it are empty."""
-    return [_turn_ids(tokenizer, prompt, [""] * turn) for turn in range(len(prompt.turns))]
-
-
-def _turn_ids(tokenizer: Any, prompt: Prompt, replies: list[str]) -> list[int]:
-    """Return `turn_ids`. Raises ValueError naming the prompt if the tokenizer or its chat template refuses it."""
-    try:
-        return turn_ids(tokenizer, prompt, replies)
-    except (TemplateError, ValueError) as error:  # templates of models without system messages raise the former
-        raise ValueError(f"prompt {prompt.prompt_id!r}, turn {len(replies)}: {error}") from error
-
-
-def _check_length(spec: Cell | Trajectory, prompt: Prompt, turn: int, tokens: int, beyond: int, limit: int) -> None:
-    """Raise ValueError if the models have fewer positions than the turn needs."""
-    budget = prompt.budget(spec.max_new_tokens)
-    needed = tokens + budget + beyond
-    if needed > limit:
-        raise ValueError(
-            f"prompt {prompt.prompt_id!r}, turn {turn}: {tokens} tokens, {budget} new ones and a block "
-            f"need {needed} positions; the models have {limit}"
-        )
-
-
 def _overrides(side: Side) -> dict[str, Any]:
     return PRESETS["float"] if side.sc is None else side.sc
 
 
 def _load(spec: Cell | Trajectory, side: Side, gpus: int) -> Any:
-    where = {"device": _devices(spec, gpus), "dtype": getattr(torch, spec.dtype), "backend": spec.backend}
+    where = {"device": devices(spec, gpus), "dtype": getattr(torch, spec.dtype), "backend": spec.backend}
     return load_model(side.model, sc_overrides=_overrides(side), skip_layers=side.skip_layers, **where)
