@@ -21,6 +21,8 @@ from scspec.decoding import (
     generate_autoregressive,
     generate_cached,
 )
+from scspec.decoding.request import Request
+from scspec.decoding.sampling import TOKEN
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 WARPED = {"do_sample": True, "temperature": 0.9, "top_k": 10, "top_p": 0.95}
@@ -293,6 +295,29 @@ def test_wrong_arguments_are_named_before_any_work(decode, arguments, message):
     with pytest.raises(ValueError, match=message):
         decode(**call)
     assert call["target"].fed == call["draft"].fed == []
+
+
+@pytest.mark.parametrize(
+    "decode",
+    [
+        lambda **its: generate(target_model(), draft_model(), PROMPT, do_sample=True, **its),
+        lambda **its: generate_cached(target_model(), draft_model(), PROMPT, do_sample=True, **its),
+        lambda **its: (generate_autoregressive(target_model(), PROMPT, do_sample=True, **its), SpecDecodeStats(())),
+    ],
+    ids=["generate", "generate_cached", "generate_autoregressive"],
+)
+def test_what_is_not_said(decode):
+    said = {"max_new_tokens": 128, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "eos_token_id": None}
+    text, stats = decode()
+    wanted, _ = decode(**said)
+    assert torch.equal(text, wanted)
+    assert all(len(block.proposed) == 4 for block in stats.blocks)
+
+
+def test_a_call_without_a_generator_has_key_0():
+    draws = [Request.from_arguments(PROMPT, 9, SamplingConfig(), None, its).draws for its in (None, seeded(5))]
+    for drawn, key in zip(draws, (0, 4095051218741643470), strict=True):  # a seed's text stays what it is
+        assert drawn.uniform(7, TOKEN) == Draws(key).uniform(7, TOKEN)
 
 
 def test_input_ids_must_be_a_tensor():

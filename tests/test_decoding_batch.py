@@ -24,7 +24,8 @@ from scspec.decoding import (
     sampling,
     speculative,
 )
-from scspec.decoding.verification import Greedy, largest
+from scspec.decoding.sampling import COIN, RESIDUAL, TOKEN
+from scspec.decoding.verification import Greedy, greedy_ids, largest, verify
 from scspec.patching import patch_model
 from scspec.sc.knobs import PRESETS
 
@@ -267,6 +268,28 @@ def test_greedy_rows_are_those_of_the_oracle(rows):
     if rule.ids:
         verdict = rule.verify(logits)[0]
         assert verdict.margin == [sampling.margin(np.array(row, np.float32)) for row in rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_greedy_ids_are_exact_and_never_of_nan(dtype):
+    logits = torch.zeros(3, 5000, dtype=dtype)
+    logits[0, 3001] = logits[0, 4001] = logits[1, 4999] = 1
+    assert greedy_ids(logits) == [3001, 4999, 0]  # of which float16 has neither of the first two
+    logits[2, 7] = torch.nan
+    with pytest.raises(ValueError, match=r"its largest, is nan"):
+        greedy_ids(logits)
+
+
+def test_each_use_of_a_position_has_its_own_draw():
+    """Three proposals from position 7, all of them accepted or the third not: what was drawn, and for which use."""
+    seen, p, q = [], np.array([0.5, 0.5]), np.array([0.4, 0.6])
+    draws = SimpleNamespace(uniform=lambda position, use: seen.append((position, use)) or 0.25)
+    assert verify([0, 0, 0], [p] * 4, [q] * 3, 7, draws) == (3, [0, 0, 0, 0])
+    assert seen == [(7, COIN), (8, COIN), (9, COIN), (10, TOKEN)]
+    seen.clear()
+    never = np.array([0.0, 1.0])
+    assert verify([0, 0, 0], [p, p, never, p], [q] * 3, 7, draws) == (2, [0, 0, 1])
+    assert seen == [(7, COIN), (8, COIN), (9, COIN), (9, RESIDUAL)]
 
 
 def test_a_row_of_nan_gives_an_id_that_can_be_fed():

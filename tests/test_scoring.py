@@ -50,7 +50,7 @@ def test_scorers_check_shapes():
                 scorer.feed(tokens([1, 2]), rows)
     with pytest.raises(ValueError, match=r"shape \(2, 2, 12\); expected \(1, 2, V\)"):
         CacheFreeScorer(lambda input_ids: model(input_ids.repeat(2, 1))).feed(tokens([1, 2]), 1)
-    with pytest.raises(ValueError, match="allowed: a model with new_kv_cache"):
+    with pytest.raises(ValueError, match="model is function; allowed: a model with new_kv_cache"):
         CachedScorer(lambda input_ids: model(input_ids), 5)
     with pytest.raises(ValueError, match=r"length 0 \+ n 3 > capacity 2"):
         CachedScorer(model, 2).feed(tokens([1, 2, 3]), 1)
@@ -63,6 +63,7 @@ def test_more_room_is_an_empty_cache():
     assert scorer.cache.lengths == (0, 3)
     assert scorer.reserve(6)
     assert (scorer.cache.batch, scorer.cache.capacity, scorer.cache.lengths) == (2, 6, (0, 0))
+    assert not CacheFreeScorer(FakeLM(seed=1)).reserve(6)  # nothing of it was emptied
 
 
 def test_a_model_that_leaves_its_cache_alone_is_refused():
@@ -105,9 +106,11 @@ def test_cache_lengths():
 
 
 def test_a_slot_of_a_cache_is_a_view():
-    cache = KVCache(3, 8, [Store("abc"), Store("xyz")])
+    model = FakeLM()
+    cache = KVCache(3, 8, [Store("abc"), Store("xyz")], model)
     cache.advance(2)
     view = cache.slot(1)
+    assert view.owner is cache.owner is model
     assert (view.batch, view.capacity, view.lengths, view.layers) == (1, 8, (2,), ["b", "y"])
     view.advance(3)
     assert cache.lengths == (2, 5, 2)
