@@ -18,7 +18,18 @@ def test_positions_worked_by_hand():
     assert found["at_risk"].tolist() == [5, 3]
     assert 1 + found["p_accepted"].sum() == pytest.approx(summary_of(hand_rows())["tau"])
     assert (found[["p_accepted_interval", "alpha_i_interval"]] == "none").all(axis=None)
-    assert positions(Tally.of(as_blocks([]))).empty
+    nothing = positions(Tally.of(as_blocks([])))
+    assert nothing.empty
+    assert list(nothing.columns) == list(POSITION_COLUMNS)
+
+
+def test_positions_of_cells_are_in_ascending_order():
+    cells = [fake_keys(gamma=gamma, stoc_len=128 // gamma) for gamma in (1, 2, 4)]
+    found = positions(Tally.of(as_blocks([row for keys in cells for row in fake_rows(keys, alpha=0.6, prompts=2)])))
+    wanted = sorted((keys["cell_id"], i) for keys in cells for i in range(1, keys["gamma"] + 1))
+    assert [keys["cell_id"] for keys in cells] != sorted(keys["cell_id"] for keys in cells)
+    assert list(found[["cell_id", "i"]].itertuples(index=False, name=None)) == wanted
+    assert found.index.tolist() == list(range(7))
 
 
 def test_positions_are_resampled_as_tau_is():

@@ -68,6 +68,16 @@ def test_worked_by_hand():
     assert summary[[f"{name}_{end}" for name in ESTIMATES for end in ("lo", "hi")]].isna().all(axis=None)
 
 
+def test_sources_stay_in_their_order_whatever_a_table_counts_its_rows_by():
+    generator = np.random.default_rng(3)
+    parts = [texts(3, generator, source=source) for source in ("text_file", "continuations")]
+    rows = pd.concat(parts)  # labels 0, 1, 2 twice
+    summary = summarise_quality(rows)
+    assert summary["source"].tolist() == ["text_file", "continuations"]
+    assert summary["tokens"].tolist() == [part["tokens"].sum() for part in parts]
+    pd.testing.assert_frame_equal(summary, summarise_quality(rows.reset_index(drop=True)))
+
+
 def test_no_texts():
     summary = summarise_quality(texts(1, np.random.default_rng(0))[:0])
     assert summary.empty
