@@ -79,6 +79,11 @@ def test_times_may_be_absent():
     assert np.isnan(summary_of(rows)["tokens_per_s"])
 
 
+def test_a_cell_may_take_less_than_a_second():
+    rows = [{**row, "draft_time_s": 0.0625, "verify_time_s": 0.125} for row in hand_rows()]
+    assert summary_of(rows)["tokens_per_s"] == pytest.approx(9 / (5 * 0.1875))
+
+
 def test_times_of_replayed_cells_stay_null():
     rows = [{**row, "draft_time_s": None, "verify_time_s": None} for row in hand_rows()]
     found = summary_of(rows)
@@ -96,6 +101,7 @@ def test_blocks_count_by_their_weight():
     # at risk at 1: 5 less 1.25, of which 4 less 0.5 accepted; at 2: 3 less 0.5, of which 2 less 0.5
     assert found["tau"] == pytest.approx(1 + 3.5 / 3.75 * (1 + 1.5 / 2.5))
     assert (found["blocks"], found["tokens"]) == (4, 7)  # 3.75 and 6.75, rounded
+    assert isinstance(found["blocks"], int)
     at_risk = positions(Tally.of(as_blocks(rows)))["at_risk"]
     assert at_risk.tolist() == [3.75, 2.5]
 

@@ -57,6 +57,18 @@ def test_seeds_alone_worked_by_hand():
     assert (found["seeds"], found["prompts"]) == (3, 20)
 
 
+def test_two_seeds_have_a_spread_and_a_resampling_of_its_own():
+    cells = [fake_rows(fake_keys(sc_seed=seed), alpha=alpha, spread=0.2) for seed, alpha in enumerate((0.5, 0.7))]
+    blocks, metadata = table_of(cells)
+    tally = Tally.of(blocks)
+    found = [pool_seeds(tally, metadata, seed=seed).iloc[0] for seed in (0, 0, 1)]
+    assert found[0]["alpha_seed_sd"] == pytest.approx(np.std([summary_of(rows)["alpha"] for rows in cells], ddof=1))
+    bounds = [[its["alpha_lo"], its["alpha_hi"], its["tau_lo"], its["tau_hi"]] for its in found]
+    assert bounds[0] == bounds[1]
+    assert bounds[0] != bounds[2]
+    assert not np.array_equal(_seed_draws(3, 100, 0), _seed_draws(3, 100, 1))
+
+
 def test_the_spread_of_a_mean_over_seeds_is_not_too_small():
     """The variance of the mean of S seeds is estimated by that between them (S - 1 in the denominator) over S. Over
     40,000 resamples it is met to sqrt(2 / 40,000) = 0.7 % or better, as nothing drawn has heavier tails than the normal
@@ -80,7 +92,8 @@ def test_prompts_are_drawn_alike_for_all_seeds():
 
 def test_only_seeds_are_pooled():
     def knobs(seed):
-        return json.dumps({"sc_seed": seed, "skip_layers": []})
+        its = {"sc_seed": seed, "skip_layers": [], "sc_prec": 8}
+        return json.dumps(dict(sorted(its.items(), reverse=seed == 1)))  # in whatever order they were written
 
     grid = [
         fake_keys(arm=arm, gamma=gamma, sc_seed=seed, target_settings=knobs(seed), draft_settings=knobs(seed))
@@ -95,7 +108,7 @@ def test_only_seeds_are_pooled():
     assert found["arm"].tolist() == arms
     assert found["seeds"].tolist() == [3] * 6 + [1] * 2
     assert found["gamma"].tolist() == [2, 4] * 4
-    assert json.loads(found["draft_settings"].iloc[0]) == {"skip_layers": []}
+    assert json.loads(found["draft_settings"].iloc[0]) == {"sc_prec": 8, "skip_layers": []}
     shared = {"target_sc_seed": 0, "draft_sc_seed": 7}  # streams of the draft are no longer the target's
     apart = [
         fake_rows(fake_keys(), prompts=2),

@@ -14,12 +14,12 @@ FLOAT = fake_keys(arm="float_float")
 LENGTHS = (32, 64, 128)
 
 
-def grid(alphas, *, prompts=16, **rows):
+def grid(alphas, lengths=LENGTHS, *, prompts=16, **rows):
     """(blocks, metadata, lengths) of a cell per length with these alphas, and floating point with alpha 0.9."""
-    keys = [fake_keys(stoc_len=length) for length in LENGTHS]
+    keys = [fake_keys(stoc_len=length) for length in lengths]
     own = [fake_rows(its, alpha=alpha, prompts=prompts, **rows) for its, alpha in zip(keys, alphas, strict=True)]
     blocks, metadata = table_of([fake_rows(FLOAT, alpha=0.9, prompts=prompts, **rows), *own])
-    return blocks, metadata, dict(zip((its["cell_id"] for its in keys), LENGTHS, strict=True))
+    return blocks, metadata, dict(zip((its["cell_id"] for its in keys), lengths, strict=True))
 
 
 def of(blocks, metadata, lengths, **options):
@@ -67,18 +67,20 @@ def test_what_agrees_as_the_reference_in_every_prompt_has_no_other_length_in_any
     assert (found["length_lo"], found["length"], found["length_hi"]) == (64, 64, 64)
 
 
-def test_bounds_are_those_of_the_same_choice_in_each_resample():
-    blocks, metadata, lengths = grid((0.7, 0.83, 0.87), spread=0.1)
-    found = of(blocks, metadata, lengths, resamples=400, seed=3)
-    cells = resampled_cells(Tally.of(blocks), 400, 3)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("resamples", [40, 400])
+def test_bounds_are_those_of_the_same_choice_in_each_resample(resamples, seed):
+    blocks, metadata, lengths = grid(np.linspace(0.72, 0.9, 16), range(8, 136, 8), prompts=8, spread=0.1)
+    found = of(blocks, metadata, lengths, resamples=resamples, seed=seed)
+    cells = resampled_cells(Tally.of(blocks), resamples, seed)
     chosen = []
-    for draw in range(400):
+    for draw in range(resamples):
         enough = 0.95 * cells[FLOAT["cell_id"]].alphas[draw]
         kept = [length for cell_id, length in lengths.items() if cells[cell_id].alphas[draw] >= enough]
         chosen.append(min(kept, default=math.inf))
     chosen.sort()
-    assert (found["length_lo"], found["length_hi"]) == (chosen[9], chosen[389])  # 400 * 0.025 and 400 * 0.975, from 0
-    assert len(set(chosen)) > 2  # or the bounds would show nothing
+    tail = resamples // 40  # 2.5 % of them
+    assert (found["length_lo"], found["length_hi"]) == (chosen[tail - 1], chosen[-tail])
 
 
 def test_seeds_and_gammas_of_one_length_count_with_their_mean():
@@ -90,10 +92,11 @@ def test_seeds_and_gammas_of_one_length_count_with_their_mean():
     assert shortest_streams(Tally.of(blocks), metadata, both, [low["cell_id"], FLOAT["cell_id"]])["length"] == 64
 
 
-def test_few_prompts_have_no_bounds():
-    found = of(*grid((0.9, 0.9, 0.9), prompts=7))
+@pytest.mark.parametrize(("prompts", "bounds"), [(7, False), (8, True)])
+def test_few_prompts_have_no_bounds(prompts, bounds):
+    found = of(*grid((0.9, 0.9, 0.9), prompts=prompts))
     assert np.isfinite(found["length"])
-    assert np.isnan([found["length_lo"], found["length_hi"]]).all()
+    assert (~np.isnan([found["length_lo"], found["length_hi"]])).tolist() == [bounds, bounds]
 
 
 def test_cells_with_other_prompts_are_refused():

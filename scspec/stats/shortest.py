@@ -51,8 +51,8 @@ def shortest_streams(
     if prompts >= MIN_PROMPTS:
         chosen = choices[_first_kept(np.array(drawn), drawn_whole, share)]
         tail = (1 - INTERVAL_LEVEL) / 2
-        low = np.quantile(chosen, tail, method="inverted_cdf")
-        high = np.quantile(chosen, 1 - tail, method="inverted_cdf")
+        low = np.quantile(chosen, tail, method="lower")
+        high = np.quantile(chosen, 1 - tail, method="higher")
     alpha = alphas[ordered.index(int(length))] if np.isfinite(length) else np.nan
     return {
         **{"length": length, "length_lo": low, "length_hi": high},
