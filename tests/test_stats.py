@@ -135,6 +135,14 @@ def test_no_cells():
     assert list(summary.columns) == [*KEY_COLUMNS, *SUMMARY_COLUMNS]
 
 
+def test_some_cells_of_a_tally_are_a_tally_of_them():
+    cells = [fake_rows(fake_keys(gamma=2, sc_seed=seed), alpha=0.6, prompts=3, seed=seed) for seed in range(3)]
+    wanted = {rows[0]["cell_id"] for rows in cells[1:]}
+    some, alone = Tally.of(as_blocks(cells_of(cells))).only(wanted), Tally.of(as_blocks(cells_of(cells[1:])))
+    pd.testing.assert_frame_equal(some.cells, alone.cells)
+    pd.testing.assert_frame_equal(some.sums, alone.sums)
+
+
 def test_a_cell_has_one_setting():
     rows = hand_rows()
     rows[-1]["device"] = "cuda"

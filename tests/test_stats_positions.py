@@ -18,9 +18,10 @@ def test_positions_worked_by_hand():
     assert found["at_risk"].tolist() == [5, 3]
     assert 1 + found["p_accepted"].sum() == pytest.approx(summary_of(hand_rows())["tau"])
     assert (found[["p_accepted_interval", "alpha_i_interval"]] == "none").all(axis=None)
-    nothing = positions(Tally.of(as_blocks([])))
-    assert nothing.empty
-    assert list(nothing.columns) == list(POSITION_COLUMNS)
+    for estimate, columns in ((positions, POSITION_COLUMNS), (by_category, CATEGORY_COLUMNS)):
+        nothing = estimate(Tally.of(as_blocks([])))
+        assert nothing.empty
+        assert list(nothing.columns) == list(columns)
 
 
 def test_positions_of_cells_are_in_ascending_order():

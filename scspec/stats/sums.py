@@ -107,5 +107,5 @@ ESTIMATES = {
 
 def sums_of(names: pd.Index, values: Floats, gamma: int) -> Sums:
     """`Sums` of the columns of `Tally.sums`, which lie along the first axis."""
-    at = {name: [names.get_loc(f"{name}_{i}") for i in range(1, gamma + 1)] for name in ("at_risk", "succeeded")}
-    return Sums(values[: len(SUMS)], **{name: values[rows] for name, rows in at.items()})
+    by_position = ([f"{name}_{i}" for i in range(1, gamma + 1)] for name in ("at_risk", "succeeded"))
+    return Sums(*(values[[names.get_loc(name) for name in rows]] for rows in (SUMS, *by_position)))
