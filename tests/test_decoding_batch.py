@@ -351,7 +351,7 @@ def test_what_does_not_fit_together_is_named():
     arguments = {"gamma": 1, "sampling": GREEDY, "eos_token_ids": EOS}
     with pytest.raises(ValueError, match="draft has 3 slots; allowed: 2, the target's"):
         next(decode_batch(*scorers, [], **arguments))
-    with pytest.raises(ValueError, match="prompt_ids is empty"):
+    with pytest.raises(ValueError, match=r"^prompt_ids is empty; allowed: at least one token id$"):
         Turn([], 3, Draws(0))
     with pytest.raises(ValueError, match="max_new_tokens is 0"):
         Turn([1], 0, Draws(0))

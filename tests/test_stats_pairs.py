@@ -57,12 +57,19 @@ def test_opposite_cells_have_a_bound_within_what_can_be():
     assert found["tau_diff_lo"] < 1.5
 
 
-def test_no_interval_of_a_difference_below_eight_prompts():
-    cells = [fake_rows(fake_keys(sc_seed=seed), alpha=0.6, seed=seed, prompts=7) for seed in (0, 1)]
+@pytest.mark.parametrize(("prompts", "kind"), [(7, "none"), (8, "bootstrap")])
+def test_no_interval_of_a_difference_below_eight_prompts(prompts, kind):
+    cells = [fake_rows(fake_keys(sc_seed=seed), alpha=0.6, seed=seed, prompts=prompts) for seed in (0, 1)]
     found = difference_of(cells)
-    assert (found["interval"], found["tau_interval"]) == ("none", "none")
-    assert np.isnan([found[f"{name}_diff_{end}"] for name in ("alpha", "tau") for end in ("lo", "hi")]).all()
+    assert (found["interval"], found["tau_interval"]) == (kind, kind)
+    bounds = [found[f"{name}_diff_{end}"] for name in ("alpha", "tau") for end in ("lo", "hi")]
+    assert np.isnan(bounds).tolist() == [kind == "none"] * 4
     assert found["alpha_diff"] == found["alpha_b"] - found["alpha_a"] != 0
+
+
+def test_resampling_is_repeatable():
+    cells = [fake_rows(fake_keys(sc_seed=seed), alpha=0.6, spread=0.2, seed=seed) for seed in (0, 1)]
+    assert difference_of(cells) == difference_of(cells, resamples=2000, seed=0) != difference_of(cells, seed=1)
 
 
 def test_no_pairs():
