@@ -274,7 +274,9 @@ def test_greedy_rows_are_those_of_the_oracle(rows):
 def test_greedy_ids_are_exact_and_never_of_nan(dtype):
     logits = torch.zeros(3, 5000, dtype=dtype)
     logits[0, 3001] = logits[0, 4001] = logits[1, 4999] = 1
-    assert greedy_ids(logits) == [3001, 4999, 0]  # of which float16 has neither of the first two
+    ids = greedy_ids(logits)
+    assert ids == [3001, 4999, 0]  # of which float16 has neither of the first two
+    assert {type(token) for token in ids} == {int}
     logits[2, 7] = torch.nan
     with pytest.raises(ValueError, match=r"its largest, is nan"):
         greedy_ids(logits)
