@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import tiny_cells
 
-from scspec import provenance, run, task
+from scspec import preflight, provenance, run, task
 from scspec.cells import expand
 from scspec.checkpoint import Checkpoint, FinishedPrompt
 from scspec.config import load_experiment, read_config
@@ -163,7 +163,7 @@ OTHER_RUNS = {
     "device": lambda patch: patch.setattr(provenance, "device_name", lambda device: "another"),
     "models.target.sha256.model.safetensors": lambda patch: patch.setattr(task, "fetch_model", manifest_of),
     "schema_version": lambda patch: patch.setattr(task, "SCHEMA_VERSION", 0),
-    "first_turns": lambda patch: patch.setattr(task, "turn_ids", lambda *_: [1, 2]),
+    "first_turns": lambda patch: patch.setattr(preflight, "turn_ids", lambda *_: [1, 2]),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny import tiny_cells
 
-from scspec import run, task
+from scspec import preflight, run, task
 from scspec.decoding import CachedScorer, Draws, SamplingConfig, decode_tokens, key_from
 from scspec.models import load_model, load_tokenizer
 from scspec.prompts import encode_turn
@@ -208,7 +208,7 @@ def test_what_cannot_run_is_named_before_loading(cells, tmp_path, monkeypatch, c
 
 
 def on_gpus(monkeypatch, count: int) -> None:
-    monkeypatch.setattr(task, "check_placement", lambda *_: None)
+    monkeypatch.setattr(preflight, "check_placement", lambda *_: None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: count)
 
 
