@@ -229,7 +229,9 @@ def test_no_interval_below_eight_prompts():
         assert (found["interval"], found["tau_interval"]) == (kind, kind)
         bounds = [found[name] for name in ("alpha_lo", "alpha_hi", "tau_lo", "tau_hi")]
         assert np.isnan(bounds).all() == (kind == "none")
-        assert not np.isnan([found["alpha"], found["tau"]]).any()
+        for name in ("alpha", "tau"):
+            assert (found[f"{name}_lo"] < found[name] < found[f"{name}_hi"]) == (kind == "bootstrap")
+            assert not np.isnan(found[name])
 
 
 def test_turns_of_a_prompt_are_one_unit():
