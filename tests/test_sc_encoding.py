@@ -1,58 +1,31 @@
-"""Codes, scales and zero points: docs/method.md read value by value, and by hand where rounding ties or floors."""
+"""Codes, scales and zero points: those of `brute_force`, and by hand where rounding ties or floors."""
 
+import brute_force
 import numpy as np
 import pytest
 import torch
 
-from scspec.sc.encoding import SCALE_FLOOR, encode, encode_causal
+from scspec.sc.encoding import encode, encode_causal
 from scspec.sc.streams import resolve_streams
-
-SCOPES = [  # (granularity, group, the scope of row i of head h)
-    ("per_row", 1, lambda head, row: (head, row)),
-    ("per_row", 2, lambda head, row: (head, row // 2)),
-    ("per_row", 3, lambda head, row: (head, row // 3)),
-    ("per_head", 1, lambda head, row: head),
-    ("per_tensor", 1, lambda head, row: 0),
-]
-
-
-def naive(x, spec, scope):
-    """(codes, scales, zeros) of x (heads, rows, D), each value by its own, in IEEE float32."""
-    members = {}
-    for head, row in np.ndindex(x.shape[:2]):
-        members.setdefault(scope(head, row), []).extend(x[head, row])
-    codes, scales, zeros = np.zeros(x.shape, int), np.zeros_like(x[..., :1]), np.zeros_like(x[..., :1])
-    for head, row, i in np.ndindex(x.shape):
-        values = members[scope(head, row)]
-        if spec.mode == "bipolar":
-            scale, zero = np.float32(max(*map(abs, values), np.float32(SCALE_FLOOR))) / np.float32(spec.max_code), 0
-            lowest = -spec.max_code
-        else:
-            span = np.float32(max(values)) - np.float32(min(values))
-            scale = max(span, np.float32(SCALE_FLOOR)) / np.float32(spec.max_code)
-            zero = np.clip(np.rint(-np.float32(min(values)) / scale), 0, spec.max_code)
-            lowest = 0
-        codes[head, row, i] = np.clip(np.rint(x[head, row, i] / scale + np.float32(zero)), lowest, spec.max_code)
-        scales[head, row], zeros[head, row] = scale, zero
-    return codes, scales, zeros
 
 
 @pytest.mark.parametrize("mode", ["bipolar", "unipolar"])
-@pytest.mark.parametrize(("granularity", "group", "scope"), SCOPES)
-def test_each_scope_has_its_own_scale(mode, granularity, group, scope):
-    spec = resolve_streams(mode, 5)
+@pytest.mark.parametrize(
+    ("granularity", "group"), [("per_row", 1), ("per_row", 2), ("per_row", 3), ("per_head", 1), ("per_tensor", 1)]
+)
+def test_each_scope_has_its_own_scale(mode, granularity, group):
     x = np.random.default_rng(group).normal(size=(2, 6, 7)).astype("f4")
     x *= np.array([1, 2, 5, 0, 30, 100], "f4")[:, None]  # rows of other sizes, and one of zeros
     x += np.array([-9, 3], "f4")[:, None, None]  # rows without a positive or a negative value: zero points are clamped
-    encoded = encode(torch.from_numpy(x), spec, granularity, group)
-    codes, scales, zeros = naive(x, spec, scope)
+    encoded = encode(torch.from_numpy(x), resolve_streams(mode, 5), granularity, group)
+    expected = brute_force.quantise(x, mode, 5, granularity, group)
     assert encoded.codes.dtype == torch.int16
-    np.testing.assert_array_equal(encoded.codes, codes)
-    np.testing.assert_array_equal(encoded.scale.expand(scales.shape), scales)
+    np.testing.assert_array_equal(encoded.codes, expected.codes)
+    np.testing.assert_array_equal(encoded.scale.expand(2, 6, 1)[..., 0], expected.scale)
     if mode == "bipolar":
         assert encoded.zero is None
     else:
-        np.testing.assert_array_equal(encoded.zero.expand(zeros.shape), zeros)
+        np.testing.assert_array_equal(encoded.zero.expand(2, 6, 1)[..., 0], expected.zero)
     assert encoded.scale.ndim == 3
 
 
@@ -65,23 +38,16 @@ def test_rows_without_heads_are_those_of_one_head(group):
 
 
 def test_causal_scales_go_from_keys_to_rows():
-    spec = resolve_streams("bipolar", 5)
     generator = np.random.default_rng(0)
     a, b = generator.random((2, 4, 6)).astype("f4"), generator.normal(size=(2, 3, 6)).astype("f4")
     a[0, 1] = 0
-    first, second = encode_causal(torch.from_numpy(a), torch.from_numpy(b), spec)
-    keys, scales, _ = naive(b.swapaxes(1, 2), spec, lambda head, position: (head, position))
-    np.testing.assert_array_equal(second.codes, keys.swapaxes(1, 2))
-    assert torch.equal(second.scale, torch.ones(2, 3, 1))
-    folded = a * scales.swapaxes(1, 2)
-    row_scales = folded.max(-1, keepdims=True) / np.float32(spec.max_code)
-    np.testing.assert_array_equal(first.scale, row_scales)
-    np.testing.assert_array_equal(first.codes[0, 1], np.zeros(6))
-    row_scales[0, 1] = 1
-    np.testing.assert_array_equal(first.codes, np.rint(folded / row_scales))
-    assert first.zero is None
-    assert second.zero is None
-    assert (first.codes.dtype, second.codes.dtype) == (torch.int16, torch.int16)
+    encoded = encode_causal(torch.from_numpy(a), torch.from_numpy(b), resolve_streams("bipolar", 5))
+    for ours, expected in zip(encoded, brute_force.quantise_causal(a, b, 5), strict=True):
+        np.testing.assert_array_equal(ours.codes, expected.codes)
+        np.testing.assert_array_equal(ours.scale, expected.scale[..., None])
+        assert ours.codes.dtype == torch.int16
+        assert ours.zero is None
+    np.testing.assert_array_equal(encoded[0].codes[0, 1], np.zeros(6))
 
 
 def test_rounding_ties_go_to_even():
