@@ -56,9 +56,8 @@ def checked_first_turns(
         turns = unanswered_turns(tokenizer, prompt)
         for turn, ids in enumerate(turns):
             if (largest := max(ids)) >= known:
-                wrong = f"token id {largest}; the models know 0..{known - 1}"
-                raise ValueError(f"prompt {prompt.prompt_id!r}, turn {turn}: {wrong}")
-            check_length(spec, prompt, turn, len(ids), beyond, limit)
+                raise ValueError(f"{named(prompt, turn)}: token id {largest}; the models know 0..{known - 1}")
+            check_length(named(prompt, turn), len(ids), prompt.budget(spec.max_new_tokens), beyond, limit)
         first_turns.append(turns[0])
     return first_turns
 
@@ -73,15 +72,21 @@ def named_turn_ids(tokenizer: Any, prompt: Prompt, replies: list[str]) -> list[i
     try:
         return turn_ids(tokenizer, prompt, replies)
     except (TemplateError, ValueError) as error:  # templates of models without system messages raise the former
-        raise ValueError(f"prompt {prompt.prompt_id!r}, turn {len(replies)}: {error}") from error
+        raise ValueError(f"{named(prompt, len(replies))}: {error}") from error
 
 
-def check_length(spec: Cell | Trajectory, prompt: Prompt, turn: int, tokens: int, beyond: int, limit: int) -> None:
-    """Raise ValueError if the models have fewer positions than the turn needs."""
-    budget = prompt.budget(spec.max_new_tokens)
+def named(prompt: Prompt, turn: int) -> str:
+    """Return what errors call a turn of a prompt."""
+    return f"prompt {prompt.prompt_id!r}, turn {turn}"
+
+
+def check_length(where: str, tokens: int, budget: int, beyond: int, limit: int) -> None:
+    """Raise ValueError naming `where` if the models have fewer positions, `limit`, than a text needs.
+
+    tokens: it starts from; budget: new ones; beyond: of its last block, past the budget.
+    """
     needed = tokens + budget + beyond
     if needed > limit:
         raise ValueError(
-            f"prompt {prompt.prompt_id!r}, turn {turn}: {tokens} tokens, {budget} new ones and a block "
-            f"need {needed} positions; the models have {limit}"
+            f"{where}: {tokens} tokens, {budget} new ones and a block need {needed} positions; the models have {limit}"
         )

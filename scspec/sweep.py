@@ -29,6 +29,7 @@ from scspec.models import (
     local_folder,
 )
 from scspec.placement import check_placement
+from scspec.preflight import check_length
 from scspec.prompts import encode_turn
 from scspec.sc.knobs import PRESETS, resolve_knobs
 from scspec.task import eos_token_ids, warm_up_turn
@@ -136,12 +137,8 @@ def run_sweep(sweep: Sweep) -> Iterator[SweepPoint]:
         local_folder(name)
     check_vocabularies(sweep.target_model, sweep.draft_model)
     ids = encode_turn(load_tokenizer(sweep.target_model), [], sweep.prompt)
-    needed, limit = _capacity(sweep, ids), min(map(context_limit, (sweep.target_model, sweep.draft_model)))
-    if needed > limit:
-        raise ValueError(
-            f"prompt: {len(ids)} tokens, {sweep.new_tokens} new ones and a block need {needed} positions; "
-            f"the models have {limit}"
-        )
+    limit = min(map(context_limit, (sweep.target_model, sweep.draft_model)))
+    check_length("prompt", len(ids), sweep.new_tokens, sweep.gamma + 1, limit)
     target, draft, tokenizer = load_spec_models(
         sweep.target_model,
         sweep.draft_model,

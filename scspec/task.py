@@ -34,6 +34,7 @@ from scspec.preflight import (
     checked_first_turns,
     checked_prompts,
     devices,
+    named,
     named_turn_ids,
     unanswered_turns,
 )
@@ -210,7 +211,7 @@ class Task:
         replies: list[str] = []
         for turn in range(len(prompt.turns)):
             ids = named_turn_ids(self.tokenizer, prompt, replies)
-            check_length(self.spec, prompt, turn, len(ids), self.beyond, self.limit)
+            check_length(named(prompt, turn), len(ids), self._budget(prompt), self.beyond, self.limit)
             token_ids.append(ids)
             draws = Draws(key_from(self.spec.sampling_seed, prompt.prompt_id, turn))
             new_ids = yield Turn(ids, self._budget(prompt), draws, past_end)
